@@ -1,0 +1,27 @@
+"""Masked diffusion language models in JAX: LLaDA, VRPO, and a laboratory for ELBO estimators.
+
+`from llada_jax import elbo` measures any `logits_fn`; `llada_jax.load(path)` opens the published weights or a
+checkpoint of ours; `python -m llada_jax.train --config=FILE --workdir=DIR` trains.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_MODULES = ("elbo", "losses", "model", "noise", "sampling", "tokenizer")
+_NAMES = {"load": "convert", "LLaDA": "model", "ModelConfig": "model"}
+
+__all__ = [*_MODULES, *_NAMES]
+
+
+def __getattr__(name):
+    # Lazy, so that `import llada_jax` costs nothing and `python -m llada_jax.x` does not import x twice.
+    if name in _MODULES:
+        return importlib.import_module(f"llada_jax.{name}")
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"llada_jax.{_NAMES[name]}"), name)
+    raise AttributeError(f"module 'llada_jax' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

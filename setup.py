@@ -1,0 +1,46 @@
+"""Dependencies of llada_jax; tool settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (here / "llada_jax" / "__init__.py").read_text()).group(1)
+
+setup(
+    name="llada_jax",
+    version=version,
+    description="Train, align, measure and sample masked diffusion language models (LLaDA, VRPO) in JAX",
+    long_description=(here / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["llada_jax", "llada_jax.*"]),
+    package_data={"llada_jax": ["assets/*/*"]},
+    install_requires=[
+        "jax>=0.10.2,<0.13",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "grain>=0.2.18",
+        "array_record>=0.8.3",
+        "tensorflow-datasets>=4.9.10",
+        "sentencepiece>=0.2.1",
+        "tokenizers>=0.22",
+        "safetensors>=0.6",
+        "ml-collections>=1.1.0",
+        "absl-py>=2.3",
+        "etils[epath]>=1.13",
+        "jaxtyping>=0.3.9",
+        "tensorboardX>=2.6.4",
+        "tqdm>=4.67",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10.2,<0.13"],
+        "cuda": ["jax[cuda13]>=0.10.2,<0.13"],
+        "gcs": ["gcsfs>=2025.9"],
+        "plot": ["matplotlib>=3.10"],
+        "test": ["pytest>=9.0", "beartype>=0.22", "ruff>=0.14", "matplotlib>=3.10"],
+    },
+)

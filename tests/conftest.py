@@ -1,0 +1,36 @@
+"""Eight CPU devices for every test, types checked at run time, and the optional shared files."""
+
+import os
+import pathlib
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+# House rule 6: annotations are checked under pytest only.
+install_import_hook("llada_jax", "beartype.beartype")
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def eight_devices():
+    assert len(jax.devices()) == 8, "the tests need eight forced CPU devices"
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder of golden outputs and real data beside the checkout, where it is there."""
+    path = ROOT.parent / "shared"
+    if not path.is_dir():
+        pytest.skip("the folder ../shared (golden outputs, real data) is not beside this checkout")
+    return path
+
+
+@pytest.fixture(scope="session")
+def golden(shared):
+    """The authors' PyTorch outputs on a tiny checkpoint."""
+    return shared / "golden" / "llada_mha"
