@@ -1,0 +1,48 @@
+"""Trains the small LLaDA that ships with the package on 4x4 Sudoku.
+
+    python -m llada_jax.train --config=configs/sft_sudoku.py --workdir=runs/sft_sudoku
+    python -m llada_jax.convert export runs/sft_sudoku runs/sudoku_base --dtype=bfloat16
+
+TIMES
+"""
+
+import pathlib
+
+from configs import base
+
+SUDOKU = pathlib.Path(__file__).resolve().parent.parent / "llada_jax" / "assets" / "sudoku"
+
+
+def get_config():
+    c = base.get_config()
+    c.objective = "sft"
+    c.num_steps = 300
+    c.model.arch = dict(
+        d_model=64,
+        n_heads=4,
+        n_layers=4,
+        mlp_hidden_size=192,
+        vocab_size=12,
+        embedding_size=16,
+        max_sequence_length=128,
+        mask_token_id=10,
+        eos_token_id=6,
+        pad_token_id=6,
+    )
+    c.data.train = "python:llada_jax.sudoku:records?count=40000&seed=0"
+    c.data.tokenizer = str(SUDOKU / "tokenizer.json")
+    c.data.template = "plain"
+    c.data.append_eos = False
+    c.data.row_length = 33  # bos, 16 cells of the puzzle, 16 of the solution
+    c.data.batch_rows = 128
+    c.optimizer.peak = 2e-3
+    c.optimizer.warmup_steps = 50
+    c.optimizer.end_fraction = 0.1
+    c.checkpoint.every = 500
+    c.solve.prompts = "python:llada_jax.sudoku:records?count=500&seed=1&split=heldout"
+    c.solve.scorer = "llada_jax.sudoku:score"
+    c.solve.gen_length = 16
+    c.solve.steps = 16
+    c.solve.block_length = 16
+    c.solve.batch_size = 100
+    return c

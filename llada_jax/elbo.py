@@ -1,0 +1,174 @@
+"""The evidence lower bound: terms, estimates, exact values. In nats over the whole response, higher is better.
+
+Any model will do: `logits_fn(tokens[..., l]) -> logits[..., l, v]`. For example, a model that ignores its input:
+
+    >>> import jax, jax.numpy as jnp
+    >>> from llada_jax import elbo
+    >>> logits_fn = lambda tokens: jnp.zeros((*tokens.shape, 4))
+    >>> tokens, response = jnp.array([[0, 1, 2]]), jnp.array([[False, True, True]])
+    >>> estimate = elbo.estimate_elbo(jax.random.key(0), logits_fn, tokens, response, mask_id=3, n_t=4)
+    >>> bool(jnp.allclose(estimate.value, -2 * jnp.log(4.0)))
+    True
+"""
+
+from collections.abc import Callable
+from math import comb
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int, Key
+
+from llada_jax import noise as noise_lib
+
+LogitsFn = Callable[..., Array]
+
+
+def _logps(logits: Float[Array, "*b l v"], targets: Int[Array, "..."]) -> Float32[Array, "*b l"]:
+    logps = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    targets = jnp.broadcast_to(targets, logits.shape[:-1])
+    return jnp.take_along_axis(logps, targets[..., None], axis=-1)[..., 0]
+
+
+def elbo_terms(
+    logits_fn: LogitsFn,
+    tokens: Int[Array, "b l"],
+    masked: Bool[Array, "n b l"],
+    weights: Float[Array, "n b"] | Float[Array, "n b l"],
+    *,
+    mask_id: int,
+) -> Float32[Array, "n b"]:
+    """The term of each draw: the sum over masked positions of weight x log-probability of the true token, in nats.
+
+    Equation 15 has weights L / l, 13 has 1 / t; one number a draw and example, or one a token.
+    """
+    if weights.ndim == 2:
+        weights = weights[..., None]
+    logps = _logps(logits_fn(jnp.where(masked, mask_id, tokens)), tokens)
+    return jnp.sum(jnp.where(masked, weights * logps, 0), axis=-1)
+
+
+@flax.struct.dataclass
+class Estimate:
+    """A Monte Carlo estimate of the ELBO of b examples, in nats."""
+
+    value: Float32[Array, " b"]
+    terms: Float32[Array, "t y b"]
+    stderr: Float32[Array, " b"]  # of value, from the spread between times; nan where n_t = 1
+
+
+def estimate_elbo(
+    key: Key[Array, ""],
+    logits_fn: LogitsFn,
+    tokens: Int[Array, "b l"],
+    response_mask: Bool[Array, "b l"],
+    *,
+    mask_id: int,
+    n_t: int = 8,
+    n_yt: int = 1,
+    times: str = "iid",
+    masks: str = "exact",
+    weights: str = "plain",
+    chunk: int = 0,
+) -> Estimate:
+    """Equation 6: the mean of n_t x n_yt terms, unbiased for every scheme of `noise` unless its name says otherwise.
+
+    `chunk` draws go through the model at a time (0: all). Raises ValueError for unknown schemes.
+    """
+    scheme = noise_lib.Scheme(n_t, n_yt, times, masks, weights)
+    drawn = noise_lib.draw_rows(
+        jax.random.split(key, tokens.shape[0]),
+        response_mask,
+        jnp.ones_like(tokens),
+        num_segments=1,
+        scheme=scheme,
+    )
+
+    def terms_of(masked, weights):
+        return elbo_terms(logits_fn, tokens, masked, weights, mask_id=mask_id)
+
+    terms = _in_chunks(terms_of, (drawn.masked, drawn.weights), chunk, scheme.n)
+    terms = terms.reshape(n_t, n_yt, -1)
+    return Estimate(terms.mean((0, 1)), terms, standard_error(terms))
+
+
+def exact_elbo(
+    logits_fn: LogitsFn,
+    tokens: Int[Array, "b l"],
+    response_mask: Bool[Array, "b l"],
+    *,
+    mask_id: int,
+    chunk: int = 256,
+) -> Float32[Array, " b"]:
+    """Equation 14 by enumeration of every non-empty subset of the response, `chunk` subsets at a time, in nats.
+
+    Raises ValueError beyond 20 response tokens (a million model calls).
+    """
+    response = np.asarray(response_mask)
+    lengths = response.sum(-1)
+    longest = int(lengths.max())
+    if longest > 20:
+        raise ValueError(f"a response of {longest} tokens has 2^{longest} subsets: exact_elbo takes at most 20 tokens")
+    place = jnp.asarray(np.where(response, response.cumsum(-1) - 1, 31))  # bit 31 is never set
+    # A subset of size k counts 1 / (k C(L, k)): L / k of equation 14, times 1 / L for k and 1 / C(L, k) for the subset.
+    weight_of_size = jnp.asarray(
+        [[0.0] + [1 / (k * comb(n, k)) if k <= n else 0.0 for k in range(1, longest + 1)] for n in lengths.tolist()]
+    )
+
+    def terms_of(subsets):
+        masked = ((subsets[:, None, None] >> place) & 1).astype(bool)
+        size = masked.sum(-1)
+        whole = subsets[:, None] < 2 ** jnp.asarray(lengths)  # a shorter response meets each of its subsets once
+        weights = jnp.where(whole, jax.vmap(lambda s: weight_of_size[jnp.arange(s.size), s])(size), 0)
+        return elbo_terms(logits_fn, tokens, masked, weights, mask_id=mask_id).sum(0)
+
+    # Subset 0 masks nothing and counts nothing: it fills up the last chunk.
+    chunk = min(chunk, 2**longest)
+    return jax.lax.map(terms_of, jnp.arange(2**longest, dtype=jnp.int32).reshape(-1, chunk)).sum(0)
+
+
+def packed_terms(
+    logps_fn: Callable[[Array, Array], Array],
+    noise: noise_lib.Noise,
+    tokens: Int[Array, "r l"],
+    segment_ids: Int[Array, "r l"],
+    *,
+    num_segments: int,
+    mask_id: int,
+    chunk: int = 0,
+) -> Float32[Array, "n r s"]:
+    """The terms of every segment of packed rows, `chunk` draws at a time (0: all n), vmapped over them.
+
+    `logps_fn(masked tokens [r, l], targets [r, l])` gives log-probabilities [r, l]. Under a chunk smaller than n the
+    backward pass runs each chunk's forward pass again: memory does not grow with n, the gradient is the same.
+    """
+    segments = jnp.arange(1, num_segments + 1)
+
+    def one(masked, weights):
+        logps = logps_fn(jnp.where(masked, mask_id, tokens), tokens)
+        weighted = jnp.where(masked, weights * logps, 0)
+        # Sums under a mask rather than a matrix product, which would round to bfloat16 on a TPU.
+        return jnp.sum(jnp.where(segment_ids[..., None] == segments, weighted[..., None], 0), axis=1)
+
+    return _in_chunks(jax.vmap(one), (noise.masked, noise.weights), chunk, noise.masked.shape[0])
+
+
+def standard_error(terms: Float[Array, "t y *b"]) -> Float[Array, "*b"]:
+    """Of the mean over all n_t x n_yt terms, from the spread of the n_t means; nan where n_t = 1."""
+    n_t = terms.shape[0]
+    means = terms.mean(axis=1)
+    if n_t == 1:
+        return jnp.full(means.shape[1:], jnp.nan, means.dtype)
+    return means.std(axis=0, ddof=1) / np.sqrt(n_t)
+
+
+def _in_chunks(terms_of: Callable[..., Array], draws: tuple[Array, ...], chunk: int, n: int) -> Array:
+    """terms_of on all n draws, or on `chunk` of them at a time, each chunk rematerialised."""
+    if chunk in (0, n):
+        return terms_of(*draws)
+    if chunk < 0 or n % chunk:
+        raise ValueError(f"chunk={chunk} does not divide the n_t x n_yt = {n} draws: choose a divisor, or 0 for all")
+    split = jax.tree.map(lambda x: x.reshape(n // chunk, chunk, *x.shape[1:]), draws)
+    terms = jax.lax.map(jax.checkpoint(lambda xs: terms_of(*xs)), split)
+    return terms.reshape(n, *terms.shape[2:])

@@ -1,0 +1,105 @@
+"""Held-out evaluation: ELBO per token, implicit-reward accuracy, and the share of prompts that a verifier accepts."""
+
+import functools
+import importlib
+import math
+import numbers
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from llada_jax import data, losses, sampling, steps
+from llada_jax.batch import Batch
+from llada_jax.metrics import Mean
+from llada_jax.model import LLaDA
+from llada_jax.noise import Scheme
+
+
+def preference_metrics(
+    params: Any, batch: Batch, reference: Array, *, model: LLaDA, settings: steps.Preference, num_segments: int
+) -> dict[str, Mean]:
+    """Means over the pairs of a batch of all that `steps.score_pairs` gives; `reference` as there."""
+    metrics, is_pair = steps.score_pairs(
+        params, batch, reference, model=model, settings=settings, num_segments=num_segments
+    )
+    return {name: Mean.of(value, is_pair) for name, value in metrics.items()}
+
+
+def denoising_metrics(
+    params: Any, batch: Batch, *, model: LLaDA, scheme: Scheme, seed: int, num_segments: int, chunk: int = 0
+) -> dict[str, Mean]:
+    """Mean over the samples of a batch of the ELBO in nats a response token."""
+    drawn = steps.draw(batch, scheme, seed=seed, stream="evaluate", num_segments=num_segments)
+    terms = steps.model_terms(model, params, batch, drawn, num_segments=num_segments, chunk=chunk)
+    lengths = steps.segment_lengths(batch, num_segments)
+    return {"elbo_per_token": Mean.of(-losses.denoising_loss(terms.mean(0), lengths), lengths > 0)}
+
+
+def over_batches(metrics_of: Callable[[Batch], dict[str, Mean]], batches: Iterable[Batch]) -> dict[str, float]:
+    """Merges the Means of every batch: each metric and, as `<name>_stderr`, its standard error."""
+    merged: dict[str, Mean] = {}
+    for batch in batches:
+        for name, mean in metrics_of(batch).items():
+            merged[name] = merged[name].merge(mean) if name in merged else mean
+    merged = jax.device_get(merged)
+    out = {name: float(mean.value) for name, mean in merged.items()}
+    return out | {f"{name}_stderr": float(mean.stderr) for name, mean in merged.items()}
+
+
+def load_scorer(spec: str) -> Callable[[dict, str], float]:
+    """The function that "module:function" names, (record, response) -> float; ValueError where there is none."""
+    module, _, name = spec.partition(":")
+    if not module or not name:
+        raise ValueError(f"scorer {spec!r} is not of the form module:function, as llada_jax.sudoku:score")
+    try:
+        scorer = getattr(importlib.import_module(module), name, None)
+    except ImportError as error:
+        raise ValueError(f"scorer {spec!r}: {error}; it must be importable from here") from error
+    if not callable(scorer):
+        raise ValueError(f"scorer {spec!r}: the module {module} has no function {name}")
+    return scorer
+
+
+def score_response(scorer: Callable, where: str, record: dict, response: str) -> float:
+    """The scorer's finite number, or one ValueError that names the record."""
+    try:
+        value = scorer(record, response)
+    except Exception as error:  # whatever a user's function raises
+        raise ValueError(
+            f"{where}: the scorer raised {type(error).__name__}: {error} (response {response[:80]!r})"
+        ) from error
+    if not isinstance(value, numbers.Real | np.bool_) or not math.isfinite(value):
+        raise ValueError(f"{where}: the scorer returned {value!r}, not a finite number (response {response[:80]!r})")
+    return float(value)
+
+
+def solve_rate(
+    logits_fn: Callable,
+    records: list[tuple[str, dict, dict]],
+    tokenizer,
+    scorer: Callable[[dict, str], float],
+    *,
+    template: str,
+    batch_size: int,
+    progress: Callable[[int, int], object] | None = None,
+    **sampler,
+) -> dict[str, float]:
+    """Mean score of one generated response to each (where, raw, normalised) prompt record, with its standard error.
+
+    `sampler` goes to `sampling.sample_responses`; temperature 0 unless it says otherwise.
+    """
+    prompts = [data.encode_prompt(tokenizer, prompt["prompt"], template) for _, _, prompt in records]
+    responses = sampling.sample_responses(logits_fn, prompts, batch_size=batch_size, progress=progress, **sampler)
+    trim = functools.partial(sampling.trim, eos_id=sampler.get("eos_id"), eot_id=sampler.get("eot_id"))
+    texts = [tokenizer.decode(trim(response)) for response in np.asarray(responses)]
+    scores = np.array(
+        [
+            score_response(scorer, where, {**raw, **prompt}, text)
+            for (where, raw, prompt), text in zip(records, texts, strict=True)
+        ]
+    )
+    spread = scores.std(ddof=1) / np.sqrt(len(scores)) if len(scores) > 1 else np.nan
+    return {"solve/rate": float(scores.mean()), "solve/rate_stderr": float(spread), "solve/count": len(scores)}

@@ -1,0 +1,203 @@
+"""On-policy preference pairs: samples responses, scores them, and writes winners and losers.
+
+    python -m llada_jax.pairs --model=WORKDIR --prompts=jsonl:prompts.jsonl --scorer=module:function --out=pairs.jsonl
+
+A scorer is `(record: dict, response: str) -> float`, higher is better; `llada_jax.sudoku:score` is one. The record is
+the source's own, with all its fields, and its prompt as `prompt`. The output is a preference source for `data.prepare`.
+"""
+
+import argparse
+import collections
+import gzip
+import importlib
+import itertools
+import json
+import math
+import numbers
+import sys
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from etils import epath
+
+from llada_jax import data, metrics, sampling
+
+
+def load_scorer(spec: str) -> Callable:
+    """The function that "module:function" names; ValueError if there is none."""
+    module, _, name = spec.partition(":")
+    if not module or not name:
+        raise ValueError(f"scorer {spec!r} is not of the form module:function, as llada_jax.sudoku:score")
+    try:
+        scorer = getattr(importlib.import_module(module), name, None)
+    except ImportError as e:
+        raise ValueError(f"scorer {spec!r}: {e}; it must be importable from here") from e
+    if not callable(scorer):
+        raise ValueError(f"scorer {spec!r}: the module {module} has no function {name}")
+    return scorer
+
+
+def score_response(scorer: Callable, where: str, record: dict, response: str) -> float:
+    """The scorer's finite number, or one ValueError that names the record."""
+    try:
+        value = scorer(record, response)
+    except Exception as e:  # whatever a user's function raises
+        raise ValueError(f"{where}: the scorer raised {type(e).__name__}: {e} (response {response[:80]!r})") from e
+    if not isinstance(value, numbers.Real | np.bool_) or not math.isfinite(value):
+        raise ValueError(f"{where}: the scorer returned {value!r}, not a finite number (response {response[:80]!r})")
+    return float(value)
+
+
+def choose_pairs(scores: dict[str, float], count: int, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Up to `count` distinct (winner, loser) of the responses' scores, a random choice of those that differ."""
+    pairs = [(w, l) for w, l in itertools.permutations(scores, 2) if scores[w] > scores[l]]
+    return [pairs[i] for i in rng.permutation(len(pairs))[:count]]
+
+
+def make_pairs(
+    logits_fn: Callable,
+    tokenizer,
+    records: Sequence[tuple[str, dict, object]],
+    scorer: Callable,
+    *,
+    template: str,
+    samples: int,
+    pairs_per_prompt: int = 1,
+    batch_size: int,
+    seed: int,
+    gen_length: int,
+    max_length: int | None = None,
+    eos_id: int | None = None,
+    eot_id: int | None = None,
+    progress: Callable[[int, int], object] | None = None,
+    **settings,
+) -> tuple[list[dict], dict[str, float | int]]:
+    """(pairs, counts) from `samples` responses to each of the records (where, record, prompt).
+
+    A pair is {prompt, chosen, rejected, chosen_score, rejected_score}, chosen scoring higher. Responses are texts up
+    to EOS or EoT; equal ones are scored once, and empty ones, which no preference data may hold, only count in the
+    mean score. `settings` go to `sampling.sample_responses`. ValueError names the record whose prompt and response do
+    not fit in max_length tokens, or that the scorer cannot judge.
+    """
+    for name, value, least in (("samples", samples, 2), ("pairs_per_prompt", pairs_per_prompt, 1)):
+        if value < least:
+            raise ValueError(f"{name}={value} must be at least {least}")
+    if not records:
+        raise ValueError("there are no prompts; give a source that has some")
+    prompts = []
+    for where, _, prompt in records:
+        ids = data.encode_prompt(tokenizer, prompt, template)
+        if max_length is not None and len(ids) + gen_length > max_length:
+            raise ValueError(
+                f"{where}: a prompt of {len(ids)} tokens and gen_length={gen_length} exceed the model's {max_length}; "
+                "lower gen_length or leave the prompt out"
+            )
+        prompts += [ids] * samples
+    tokens = sampling.sample_responses(
+        logits_fn,
+        prompts,
+        batch_size=batch_size,
+        gen_length=gen_length,
+        eos_id=eos_id,
+        eot_id=eot_id,
+        key=jax.random.key(seed),
+        progress=progress,
+        **settings,
+    ).reshape(len(records), samples, gen_length)
+
+    pairs, totals, empty, without = [], [], 0, 0
+    for i, (where, record, prompt) in enumerate(records):
+        texts = collections.Counter(tokenizer.decode(sampling.trim(row, eos_id, eot_id)) for row in tokens[i])
+        record = {**record, "prompt": prompt}
+        scores = {text: score_response(scorer, where, record, text) for text in texts}
+        totals += [scores[text] for text in texts.elements()]
+        usable = {text: score for text, score in scores.items() if text.strip()}
+        empty += sum(n for text, n in texts.items() if text not in usable)
+        chosen = choose_pairs(usable, pairs_per_prompt, np.random.default_rng((seed, i)))
+        without += not chosen
+        pairs += [
+            {"prompt": prompt, "chosen": w, "rejected": l, "chosen_score": scores[w], "rejected_score": scores[l]}
+            for w, l in chosen
+        ]
+    return pairs, {
+        "prompts": len(records),
+        "samples": len(totals),
+        "pairs": len(pairs),
+        "mean_score": float(np.mean(totals)),
+        "without_contrast": without / len(records),
+        "empty": empty,
+    }
+
+
+def write_jsonl(path: str, records: Sequence[dict]) -> None:
+    """Writes JSON lines, compressed if the name ends in .gz; the file appears complete or not at all."""
+    out = epath.Path(path).expanduser()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+    partial = out.with_name(out.name + ".partial")
+    partial.write_bytes(gzip.compress(content, mtime=0) if out.suffix == ".gz" else content)
+    partial.replace(out)
+
+
+def run(args: argparse.Namespace) -> str:
+    """Does what the flags say and returns the summary."""
+    if args.temperature == 0 and args.remasking == "low_confidence":
+        raise ValueError("--temperature=0 gives every sample of a prompt the same response; raise it")
+    scorer = load_scorer(args.scorer)
+    found = itertools.islice(data.read_records(args.prompts, "prompt"), args.limit or None)
+    records = [(where, raw, normal["prompt"]) for where, raw, normal in found]
+    if not records:
+        raise ValueError(f"--prompts={args.prompts} holds no records")
+    logits_fn, config, tokenizer = sampling.open_model(args.model, args.dtype)
+    with metrics.Progress(len(records) * args.samples, unit="sample", show=()) as progress:
+        pairs, counts = make_pairs(
+            logits_fn,
+            tokenizer,
+            records,
+            scorer,
+            template=args.template,
+            samples=args.samples,
+            pairs_per_prompt=args.pairs_per_prompt,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            max_length=config.max_sequence_length,
+            progress=lambda done, _: progress.update(done),
+            **sampling.special_ids(config, tokenizer),
+            **sampling.settings_of(args),
+        )
+    summary = (
+        "{prompts} prompts, {samples} responses ({empty} empty), mean score {mean_score:.4f}, "
+        "{without_contrast:.1%} of prompts without contrast, {pairs} pairs".format(**counts)
+    )
+    if not pairs:
+        raise ValueError(f"{summary}: nothing to prefer; raise --samples or --temperature, or try other prompts")
+    write_jsonl(args.out, pairs)
+    return f"{summary} in {args.out}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m llada_jax.pairs", description="Samples, scores and pairs a model's responses to prompts."
+    )
+    parser.add_argument("--model", required=True, help="Hugging Face style folder, workdir, or workdir/checkpoints/N")
+    parser.add_argument("--prompts", required=True, help="jsonl:FILES, tfds:NAME or python:module:function")
+    parser.add_argument("--scorer", required=True, help="module:function, (record, response) -> float")
+    parser.add_argument("--out", required=True, help="FILE.jsonl or FILE.jsonl.gz")
+    parser.add_argument("--samples", type=int, default=8, help="responses to each prompt")
+    parser.add_argument("--pairs_per_prompt", type=int, default=1, help="distinct winner and loser combinations")
+    parser.add_argument("--template", choices=("chat", "plain"), default="chat")
+    parser.add_argument("--batch_size", type=int, default=32, help="responses sampled at once")
+    parser.add_argument("--limit", type=int, default=0, help="use so many prompts; 0 for all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", help="cast the parameters to it, as bfloat16; default: as stored")
+    sampling.add_flags(parser)
+    parser.set_defaults(temperature=1.0)
+    try:
+        print(run(parser.parse_args(argv)))
+    except (ValueError, FileNotFoundError) as e:
+        sys.exit(f"error: {e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,303 @@
+"""Tokenizers of the LLaDA family: SentencePiece and tokenizer.json, special ids, chat template.
+
+    python -m llada_jax.tokenizer train --input='books/*.jsonl.xz' --vocab_size=4096 --out=tokenizer/
+
+trains a SentencePiece model that holds the special tokens. Ids differ between members of the family, so they are read
+from the files; no id is a constant here.
+"""
+
+import argparse
+import bz2
+import glob
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+
+import sentencepiece
+import tokenizers
+from etils import epath
+from sentencepiece import sentencepiece_model_pb2
+
+BOS, EOS, MASK = "<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>"
+START_HEADER, END_HEADER, EOT = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
+FILES = ("tokenizer.json", "tokenizer.model")  # in order of preference within a directory
+
+_SPECIAL = re.compile(r"<\|.+\|>")  # what must never come out of ordinary text, whatever the file calls its type
+_OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+
+
+class Tokenizer:
+    """Text to ids and back, with the ids of the special tokens (None where the tokenizer has none).
+
+    `vocab_size` is one more than the largest id that can occur. `fingerprint` is a hash of the vocabulary and of the
+    special ids: equal fingerprints encode alike.
+    """
+
+    def __init__(
+        self, backend: "_SentencePiece | _HuggingFace", files: dict[str, bytes], specials: dict[str, int | None]
+    ):
+        self._backend, self._files, self._specials = backend, files, specials
+        self.bos_id, self.eos_id, self.mask_id = specials[BOS], specials[EOS], specials[MASK]
+        self.start_header_id, self.end_header_id = specials[START_HEADER], specials[END_HEADER]
+        self.eot_id = specials[EOT]
+        self.vocab_size = 1 + max([backend.max_id, *(i for i in specials.values() if i is not None)])
+        digest = hashlib.sha256(json.dumps(specials).encode())
+        for name in FILES:
+            digest.update(files.get(name, b""))
+        self.fingerprint = digest.hexdigest()[:16]
+        self._roles: dict[str, list[int]] = {}
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ordinary text: nothing is added, and text that looks like a special token does not become one.
+
+        It lets other threads run meanwhile.
+        """
+        return self._backend.encode(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of the ids; special tokens, and ids that the tokenizer does not know, are skipped."""
+        specials = set(self._specials.values())
+        ids = [int(i) for i in ids]
+        return self._backend.decode([i for i in ids if i not in specials and 0 <= i <= self._backend.max_id])
+
+    def chat_prompt(self, messages: Sequence[dict]) -> list[int]:
+        """Ids of a conversation that waits for the assistant: LLaDA's chat template (messages: role, content)."""
+        missing = [name for name in (BOS, START_HEADER, END_HEADER, EOT) if self._specials[name] is None]
+        if missing:
+            raise ValueError(
+                f"the chat template needs {', '.join(missing)}, which this tokenizer does not have;"
+                ' use data.template="plain" or a tokenizer with these tokens'
+            )
+        ids = [self.bos_id]
+        for message in messages:
+            ids += self._header(message["role"]) + self.encode("\n\n" + message["content"].strip()) + [self.eot_id]
+        return ids + self._header("assistant") + self.encode("\n\n")
+
+    def _header(self, role: str) -> list[int]:
+        if role not in self._roles:
+            self._roles[role] = [self.start_header_id, *self.encode(role), self.end_header_id]
+        return self._roles[role]
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Writes the tokenizer's files; a mask id read from config.json needs that file beside them again."""
+        directory = epath.Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, content in self._files.items():
+            (directory / name).write_bytes(content)
+
+
+def load(path: str | os.PathLike) -> Tokenizer:
+    """Opens tokenizer.json or tokenizer.model (a SentencePiece model), or the directory that holds one.
+
+    Special ids are found by LLaDA's names, else by tokenizer_config.json (or SentencePiece's own bos and eos); the mask
+    id also by `mask_token_id` of a config.json beside it. FileNotFoundError and ValueError name the path.
+    """
+    path = epath.Path(path)
+    if path.is_dir():
+        found = [path / name for name in FILES if (path / name).exists()]
+        if not found:
+            raise FileNotFoundError(f"{path} holds no {' and no '.join(FILES)}; give a folder with a tokenizer")
+        path = found[0]
+    elif not path.exists():
+        raise FileNotFoundError(f"tokenizer {path} does not exist; give a {', a '.join(FILES)} or a folder with one")
+    is_json = path.suffix == ".json"
+    content = path.read_bytes()
+    files = {FILES[0 if is_json else 1]: content}
+    beside = path.parent / "tokenizer_config.json"
+    if beside.exists():
+        files[beside.name] = beside.read_bytes()
+    try:
+        named = _named_specials(json.loads(files.get(beside.name, b"{}")))
+        backend = (_HuggingFace if is_json else _SentencePiece)(content)
+    except Exception as e:  # the parsers raise whatever they like
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise ValueError(f"tokenizer {path} cannot be read ({reason}); it must be one of {' or '.join(FILES)}") from e
+
+    specials = {}
+    for name in (BOS, EOS, MASK, START_HEADER, END_HEADER, EOT):
+        i = backend.id_of(name)
+        if i is None and name in named:
+            i = backend.id_of(named[name])
+        specials[name] = backend.defaults.get(name) if i is None else i
+    config = path.parent / "config.json"
+    mask = json.loads(config.read_text()).get("mask_token_id") if config.exists() else None
+    if mask is not None and specials[MASK] not in (None, mask):
+        raise ValueError(
+            f"{config} says mask_token_id={mask}, but {MASK} is {specials[MASK]} in {path}; make the two agree"
+        )
+    specials[MASK] = mask if specials[MASK] is None else specials[MASK]
+    return Tokenizer(backend, files, specials)
+
+
+def _named_specials(config: dict) -> dict[str, str]:
+    """Our name of a special token -> the name that tokenizer_config.json gives it."""
+    found = {}
+    for name, key in ((BOS, "bos_token"), (EOS, "eos_token"), (MASK, "mask_token")):
+        token = config.get(key)
+        token = token.get("content") if isinstance(token, dict) else token
+        if token:
+            found[name] = token
+    return found
+
+
+class _SentencePiece:
+    def __init__(self, content: bytes):
+        # Control pieces never match text, user-defined ones always do: special tokens have to be the former.
+        model = sentencepiece_model_pb2.ModelProto.FromString(content)
+        if not model.pieces:
+            raise ValueError("it holds no pieces")
+        for piece in model.pieces:
+            if _SPECIAL.fullmatch(piece.piece):
+                piece.type = piece.CONTROL
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+        self._ids = {piece.piece: i for i, piece in enumerate(model.pieces)}
+        self.max_id = len(model.pieces) - 1
+        own = {BOS: self._processor.bos_id(), EOS: self._processor.eos_id()}
+        self.defaults = {name: i for name, i in own.items() if i >= 0}
+
+    def id_of(self, name: str) -> int | None:
+        return self._ids.get(name)
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.encode_as_ids(text)
+
+    def decode(self, ids: list[int]) -> str:
+        return self._processor.decode(ids)
+
+
+class _HuggingFace:
+    defaults: dict[str, int] = {}
+
+    def __init__(self, content: bytes):
+        model = json.loads(content)
+        for token in model.get("added_tokens", []):
+            token["special"] = token.get("special", False) or bool(_SPECIAL.fullmatch(token["content"]))
+        self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(model))
+        self._tokenizer.encode_special_tokens = True  # i.e. as ordinary text
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self.max_id = max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+
+    def id_of(self, name: str) -> int | None:
+        return self._tokenizer.token_to_id(name)
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+# ---- reading text files (data.py uses these two as well)
+
+
+def expand(pattern: str) -> list[epath.Path]:
+    """Files that a path or glob names, sorted; FileNotFoundError if there are none."""
+    if "://" in pattern:
+        parts = pattern.split("/")
+        first = next((k for k, part in enumerate(parts) if glob.has_magic(part)), None)
+        found = [pattern] if first is None else epath.Path("/".join(parts[:first])).glob("/".join(parts[first:]))
+    else:
+        # A file may have brackets in its name.
+        pattern = os.path.expanduser(pattern)
+        found = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
+    files = sorted(path for path in map(epath.Path, found) if path.is_file())
+    if not files:
+        raise FileNotFoundError(f"no file matches {pattern!r}; give an existing path or glob")
+    return files
+
+
+def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
+    """(line number from 1, line) of a file, plain or .gz, .xz or .bz2; ValueError if it cannot be decompressed."""
+    path = epath.Path(path)
+    number = 0
+    try:
+        with path.open("rb") as raw:
+            binary = _OPENERS[path.suffix](raw) if path.suffix in _OPENERS else raw
+            for number, line in enumerate(binary, 1):
+                yield number, line
+    except (EOFError, OSError, lzma.LZMAError) as e:
+        raise ValueError(f"{path} cannot be read past line {number} ({e}); is the file complete?") from e
+
+
+# ---- training
+
+
+def _texts(source: str, field: str, limit: int) -> Iterator[str]:
+    """Lines of text files, and of the field `field` of .jsonl files, as SentencePiece wants them: without newlines."""
+    count = 0
+    for path in expand(source.removeprefix("jsonl:")):
+        is_jsonl = ".jsonl" in path.name
+        for number, line in read_lines(path):
+            if limit and count >= limit:
+                return
+            count += 1
+            if is_jsonl:
+                try:
+                    line = json.loads(line)[field]
+                except (ValueError, KeyError, TypeError) as e:
+                    raise ValueError(f"{path}:{number} is no JSON object with a field {field!r}; see --field") from e
+            else:
+                line = line.decode("utf-8", errors="replace")
+            yield from line.splitlines()
+
+
+def train(lines: Iterable[str], out: str | os.PathLike, vocab_size: int = 4096) -> Tokenizer:
+    """Trains a SentencePiece BPE with byte fallback and LLaDA's special tokens; writes `out`/tokenizer.model.
+
+    Lines hold no newline (a newline becomes its byte token). Digits are single tokens, nothing is normalised and no
+    space is put in front, so that decode(encode(text)) == text and encodings may be joined. Line breaks and all
+    bytes take 263 ids before the first learnt piece.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(line for line in lines if line.strip()),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            max_sentence_length=1 << 20,
+            bos_piece=BOS,
+            eos_piece=EOS,
+            control_symbols=[MASK, START_HEADER, END_HEADER, EOT],
+            minloglevel=1,
+        )
+    except RuntimeError as e:
+        reason = re.sub(r"^.*\] ", "", str(e).splitlines()[0])  # it begins with a place in C++
+        raise ValueError(f"vocab_size={vocab_size} cannot be trained on this text: {reason}") from e
+    directory = epath.Path(out)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / FILES[1]).write_bytes(model.getvalue())
+    return load(directory / FILES[1])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m llada_jax.tokenizer", description=__doc__.splitlines()[0])
+    command = parser.add_subparsers(required=True).add_parser("train", help="train a SentencePiece model")
+    command.add_argument("--input", required=True, help="text or .jsonl files, a path or a glob (.gz .xz .bz2 too)")
+    command.add_argument("--field", default="text", help="the field to read of .jsonl files (default: text)")
+    command.add_argument("--vocab_size", type=int, default=4096)
+    command.add_argument("--out", default="tokenizer", help="folder for tokenizer.model (default: tokenizer)")
+    command.add_argument("--limit", type=int, default=0, help="lines of the input files to read (0: all)")
+    args = parser.parse_args(argv)
+    try:
+        tokenizer = train(_texts(args.input, args.field, args.limit), args.out, args.vocab_size)
+    except (ValueError, FileNotFoundError) as e:
+        sys.exit(f"error: {e}")
+    print(f"{args.out}/{FILES[1]}: {tokenizer.vocab_size} ids, fingerprint {tokenizer.fingerprint}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,599 @@
+"""The trainer: python -m llada_jax.train --config=FILE [--config.x=y] --workdir=DIR [--dry_run].
+
+The same command continues a run that was stopped. `Plan` is everything decided before the first array; `train` runs it.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import os
+import signal
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import config_flags
+
+from llada_jax import checkpoint, convert, data, evaluate, metrics, noise, optim, reference, state, steps
+from llada_jax import mesh as mesh_lib
+from llada_jax import model as model_lib
+from llada_jax import tokenizer as tokenizer_lib
+
+KIND = {"pretrain": "text", "sft": "sft", "vrpo": "preference"}
+STOPPED = 143  # exit status after SIGTERM or SIGINT, the state being saved
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a config means here: validated, with the data packed, and nothing on a device yet."""
+
+    config: Any
+    workdir: epath.Path
+    mesh: Mesh
+    model: model_lib.LLaDA
+    tokenizer: tokenizer_lib.Tokenizer | None  # None, and no rows: only in a dry run
+    rows: data.Rows | None
+    heldout: data.Rows | None
+    prompts: list | None  # of config.solve
+    settings: steps.Preference | steps.Denoising
+    num_steps: int
+
+    @property
+    def num_segments(self) -> int:
+        """Segments in a row: even for pairs, the same for training and held-out rows."""
+        most = max(rows.num_segments for rows in (self.rows, self.heldout) if rows is not None)
+        return most + most % 2 if self.config.objective == "vrpo" else most
+
+    @functools.cached_property
+    def schedule(self):
+        o = self.config.optimizer
+        return optim.make_schedule(
+            peak=o.peak, warmup_steps=o.warmup_steps, num_steps=self.num_steps, end_fraction=o.end_fraction
+        )
+
+    @functools.cached_property
+    def tx(self):
+        o = self.config.optimizer
+        return optim.make_optimizer(
+            self.schedule, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip_norm=o.clip_norm
+        )
+
+
+def make_plan(config, workdir: epath.PathLike, *, dry_run: bool = False) -> Plan:
+    """Validates a config against data, tokenizer, checkpoint and devices; packs the data where that is not done yet.
+
+    ValueError or FileNotFoundError, in one line. A dry run may do without init_from and data.
+    """
+    c = config
+    workdir = epath.Path(workdir).expanduser()
+    _check_choices(c)
+    mesh = mesh_lib.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
+    parts = mesh_lib.row_shards(mesh) * c.optimizer.accumulate
+    for name, batch_rows in (("data.batch_rows", c.data.batch_rows), ("eval.batch_rows", c.eval.batch_rows)):
+        parts = parts if name == "data.batch_rows" else mesh_lib.row_shards(mesh)
+        if batch_rows < 0 or batch_rows % parts or (not batch_rows and name == "data.batch_rows"):
+            raise ValueError(
+                f"{name}={batch_rows} is not a positive multiple of {parts}: data x fsdp = "
+                f"{mesh_lib.row_shards(mesh)} shards, optimizer.accumulate={c.optimizer.accumulate}"
+            )
+    settings = _settings(c)
+    model = _model(c, mesh)
+    tokenizer = _tokenizer(c, model.config)
+    rows = heldout = prompts = None
+    if c.data.train and tokenizer:
+        rows, heldout = _rows(c, tokenizer, workdir)
+    elif not dry_run:
+        raise ValueError("data.train is not set: pass --config.data.train=jsonl:FILE (or tfds:, python:)")
+    if c.solve.prompts:
+        evaluate.load_scorer(c.solve.scorer)
+        prompts = list(itertools.islice(data.read_records(c.solve.prompts, "prompt"), c.solve.limit or None))
+    num_steps = c.num_steps
+    if not num_steps and rows is not None:
+        num_steps = c.epochs * len(rows) // c.data.batch_rows
+        if not num_steps:
+            raise ValueError(
+                f"{c.epochs} epochs of {len(rows)} rows fill no batch of data.batch_rows={c.data.batch_rows}: lower it"
+            )
+    plan = Plan(c, workdir, mesh, model, tokenizer, rows, heldout, prompts, settings, num_steps)
+    if num_steps:
+        _ = plan.schedule  # says now whether the warm-up fits
+    return plan
+
+
+def _check_choices(c):
+    for name, value, known in (
+        ("objective", c.objective, tuple(KIND)),
+        ("vrpo.reference", c.vrpo.reference, ("model", "cached")),
+        ("model.remat", c.model.remat, tuple(model_lib.REMAT)),
+    ):
+        if value not in known:
+            raise ValueError(f"config.{name}={value!r} is not one of {', '.join(known)}")
+    for name, value, least in (
+        ("num_steps", c.num_steps, 0),
+        ("epochs", c.epochs, 1),
+        ("optimizer.accumulate", c.optimizer.accumulate, 1),
+        ("model.logps_chunk", c.model.logps_chunk, 1),
+        ("checkpoint.every", c.checkpoint.every, 1),
+        ("eval.every", c.eval.every, 0),
+    ):
+        if value < least:
+            raise ValueError(f"config.{name}={value} must be at least {least}")
+    if c.objective == "vrpo" and not (c.init_from or c.model.arch):
+        raise ValueError("init_from is not set: VRPO starts from a trained model, pass --config.init_from=DIR")
+
+
+def _settings(c) -> steps.Preference | steps.Denoising:
+    if c.objective == "vrpo":
+        v = c.vrpo
+        scheme = noise.Scheme(v.n_t, v.n_yt, v.times, v.masks, v.weights)
+        return steps.Preference(
+            v.beta, v.kind, v.label_smoothing, v.sft_weight, v.share_noise, scheme, v.mc_chunk, c.seed
+        )
+    d = c.denoising
+    scheme = noise.Scheme(d.n_t, masks=d.masks, eps=d.eps if d.masks == "bernoulli" else 0.0)
+    return steps.Denoising(scheme, d.crop_probability, d.mc_chunk, c.seed)
+
+
+def _model(c, mesh: Mesh) -> model_lib.LLaDA:
+    arch = c.model.arch.to_dict()
+    if c.init_from:
+        config = convert.read_config(c.init_from)
+        wrong = [f"{k}: {v!r} in model.arch, {getattr(config, k, None)!r} there" for k, v in arch.items()
+                 if getattr(config, k, v) != v]  # fmt: skip
+        if wrong:
+            raise ValueError(f"init_from={c.init_from} is another architecture: {'; '.join(wrong)}")
+    elif arch:
+        config = model_lib.ModelConfig.from_dict(arch, source="config.model.arch")
+    else:
+        raise ValueError("neither init_from nor model.arch is set: there is no model to train")
+    if c.data.row_length > config.max_sequence_length:
+        raise ValueError(
+            f"data.row_length={c.data.row_length} is beyond the model's max_sequence_length="
+            f"{config.max_sequence_length}: lower it"
+        )
+    tensor = mesh.shape["tensor"]
+    for name, axis in (("n_heads", tensor), ("n_kv_heads", tensor), ("mlp_hidden_size", tensor),
+                       ("embedding_size", tensor), ("d_model", mesh.shape["fsdp"])):  # fmt: skip
+        if getattr(config, name) % axis:
+            raise ValueError(f"{name}={getattr(config, name)} cannot be split over a mesh axis of {axis}: change mesh")
+    return model_lib.LLaDA(
+        config,
+        jnp.dtype(c.model.dtype),
+        jnp.dtype(c.model.param_dtype),
+        c.model.remat,
+        c.model.attention,
+        c.model.logps_chunk,
+    )
+
+
+def _tokenizer(c, config: model_lib.ModelConfig) -> tokenizer_lib.Tokenizer | None:
+    path = c.data.tokenizer or (convert.model_folder(c.init_from) if c.init_from else "")
+    if not path:
+        if c.data.train:
+            raise ValueError("data.tokenizer is not set: pass --config.data.tokenizer=FOLDER_OR_FILE")
+        return None
+    tokenizer = tokenizer_lib.load(path)
+    if tokenizer.vocab_size > config.embedding_size:
+        raise ValueError(
+            f"tokenizer {path} has ids up to {tokenizer.vocab_size - 1}, the model {config.embedding_size} rows: "
+            "they do not belong together"
+        )
+    if tokenizer.mask_id != config.mask_token_id:
+        raise ValueError(
+            f"mask id {tokenizer.mask_id} of tokenizer {path} is not the model's mask_token_id={config.mask_token_id}"
+        )
+    return tokenizer
+
+
+def _rows(c, tokenizer, workdir: epath.Path) -> tuple[data.Rows, data.Rows | None]:
+    d = c.data
+    prepare = functools.partial(
+        data.prepare,
+        kind=KIND[c.objective],
+        tokenizer=tokenizer,
+        row_length=d.row_length,
+        cache_dir=d.cache_dir or workdir / "data",
+        template=d.template,
+        append_eos=d.append_eos,
+        answer_multiple=d.answer_multiple,
+        too_long=d.too_long,
+        bad_records=d.bad_records,
+    )
+    rows = prepare(d.train, holdout=d.holdout, split="train", limit=d.limit)
+    if d.heldout:
+        return rows, prepare(d.heldout)
+    return rows, prepare(d.train, holdout=d.holdout, split="heldout", limit=d.limit) if d.holdout else None
+
+
+def describe(plan: Plan) -> str:
+    """Parameters, tokens, steps, FLOPs by formula and memory per device, a line each."""
+    c, model = plan.config, plan.model
+    count = model_lib.num_params(model.config)
+    total = sum(count.values())
+    length, batch_rows = c.data.row_length, c.data.batch_rows
+    lines = [
+        f"objective       {c.objective} on {len(plan.mesh.devices.flat)} x {plan.mesh.devices.flat[0].device_kind}, "
+        f"mesh {', '.join(f'{k}={v}' for k, v in plan.mesh.shape.items())}",
+        f"parameters      {total:,} ({count['layers']:,} without embedding and head)",
+    ]
+    for name, rows in (("train rows", plan.rows), ("held-out rows", plan.heldout)):
+        if rows is not None:
+            lines.append(f"{name:<15} {rows.stats}")
+    if plan.rows is None:
+        lines.append("train rows      data.train is not set: pass --config.data.train=jsonl:FILE")
+    if not c.init_from:
+        lines.append(f"init_from       not set: {'pass --config.init_from=DIR' if c.objective == 'vrpo' else 'random'}")
+    forward = model_lib.flops_per_token(model.config, length)
+    chunk = plan.settings.mc_chunk or plan.settings.scheme.n
+    passes, why = 3, "forward, backward"
+    if model.remat == "full":
+        passes, why = passes + 1, why + ", layers again"
+    if chunk < plan.settings.scheme.n:
+        passes, why = passes + 1, why + ", chunks again"
+    if c.objective == "vrpo" and c.vrpo.reference == "model":
+        passes, why = passes + 1, why + ", reference"
+    flops = passes * forward * plan.settings.scheme.n * batch_rows * length
+    steps_text = f"{plan.num_steps:,}" if plan.num_steps else "unknown until data.train is set"
+    lines += [
+        f"steps           {steps_text}, each {batch_rows} rows x {length} = {batch_rows * length:,} positions, "
+        f"{plan.settings.scheme.n} draws",
+        f"FLOPs a step    {flops:.3g} by formula ({passes} forward passes' worth: {why})",
+        *_memory(plan, total, chunk),
+    ]
+    return "\n".join(lines)
+
+
+def _memory(plan: Plan, total: int, chunk: int) -> list[str]:
+    """Bytes on a device by formula: exact for what the state holds, an estimate for activations."""
+    c, model, shape = plan.config, plan.model, plan.mesh.shape
+    width = model.config
+    weight, act = jnp.dtype(c.model.param_dtype).itemsize, jnp.dtype(c.model.dtype).itemsize
+    shards = shape["fsdp"] * shape["tensor"]
+    rows = c.data.batch_rows // mesh_lib.row_shards(plan.mesh) // c.optimizer.accumulate * chunk
+    positions = rows * c.data.row_length
+    boundary = positions * width.d_model * act  # what a layer gets from the one before
+    inner = positions * act * (6 * width.d_model + 3 * width.mlp_hidden_size) // shape["tensor"]
+    kept = {"none": inner, "dots": inner // 2, "full": 0}[model.remat]
+    logits = rows * min(c.model.logps_chunk, c.data.row_length) * width.embedding_size * 4 // shape["tensor"]
+    sizes = {
+        "parameters": total * weight / shards,
+        "Adam moments": 2 * total * weight / shards,
+        "gradient": total * weight / shards * (2 if chunk < plan.settings.scheme.n else 1),
+        "activations (estimate)": width.n_layers * (boundary + kept) + inner + 2 * logits,
+    }
+    if c.objective == "vrpo" and c.vrpo.reference == "model":
+        sizes["reference"] = total * jnp.dtype(c.vrpo.reference_dtype or c.model.param_dtype).itemsize / shards
+    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in sizes.items())
+    return [f"GiB a device    {sum(sizes.values()) / 2**30:.2f}: {parts}"]
+
+
+class _Stop:
+    """SIGTERM and SIGINT ask to save and end after the step under way; a second one ends at once."""
+
+    def __init__(self):
+        self.asked = False
+        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def _ask(self, number, frame):
+        self.asked = True
+        self.restore()
+
+    def restore(self):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def train(plan: Plan) -> int:
+    """Runs a plan to its end, or to a signal; returns the exit status."""
+    c = plan.config
+    stop = _Stop()
+    try:
+        with mesh_lib.use(plan.mesh), checkpoint.Checkpoints(plan.workdir / "checkpoints", c.checkpoint.keep) as saved:
+            return _train(plan, saved, stop)
+    finally:
+        stop.restore()
+
+
+def _train(plan: Plan, saved: checkpoint.Checkpoints, stop: _Stop) -> int:
+    c = plan.config
+    abstract = state.abstract_state(plan.model, plan.tx, plan.mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    restored = saved.restore(abstract)
+    if restored is None:
+        _write_model_folder(plan)
+        params = None
+        if c.init_from:
+            params = convert.load(c.init_from, c.model.param_dtype, shardings.params)[1]
+        key = noise.stream_key(c.seed, "init")
+        current, history = state.init_state(plan.model, plan.tx, plan.mesh, key, params), []
+        del params
+    else:
+        current, extra = restored
+        history = extra["evaluations"]
+        if extra["rows"] != plan.rows.fingerprint:
+            raise ValueError(
+                f"the packed data of {plan.workdir} were {extra['rows']}, now they are {plan.rows.fingerprint}: "
+                "go on with the old data and settings, or give another --workdir"
+            )
+        print(f"continuing from step {int(current.step)} of {plan.num_steps} in {plan.workdir}", flush=True)
+    start = int(current.step)
+
+    policy_reference = _Reference(plan, shardings.params) if c.objective == "vrpo" else None
+    update = _jit_update(plan, shardings)
+    evaluations = _Evaluation(plan, policy_reference)
+    loader = data.loader(plan.rows, batch_rows=c.data.batch_rows, seed=c.seed, start=start * c.data.batch_rows)
+    show = ("loss", "rewards/accuracies", "rewards/margins") if c.objective == "vrpo" else ("loss",)
+
+    def save(step):
+        extra = {"next_index": loader.next_index, "rows": plan.rows.fingerprint, "evaluations": history}
+        writer.flush()
+        saved.save(step, current, extra)
+
+    with (
+        metrics.Writer(plan.workdir, start) as writer,
+        metrics.Progress(plan.num_steps, start, show=show, every=c.eval.seconds_between_lines) as progress,
+    ):
+
+        def log(step, values, counts):
+            rates = progress.update(step, values, **counts)
+            # The rate that this update was computed with: optax counts from 0.
+            writer.write(step, values | {"learning_rate": plan.schedule(step - 1)} | rates)
+
+        def run_evaluations(step):
+            found = evaluations.run(current.params)
+            history.append({"step": step, **found})
+            if found:
+                writer.write(step, {f"eval/{name}": value for name, value in found.items()})
+                print(f"evaluation at step {step}: {_shown(found)}", flush=True)
+
+        if start == 0 and not history:
+            run_evaluations(0)
+        pending = None
+        for step in range(start + 1, plan.num_steps + 1):
+            batch = next(loader)
+            counts = {"tokens": int((batch.segment_ids > 0).sum())}
+            extra_input = () if policy_reference is None else (policy_reference.of(batch),)
+            current, values = update(current, _put(batch, plan.mesh), *extra_input)
+            if c.objective == "vrpo":
+                counts["pairs"] = _count_pairs(batch)
+            # House rule 4: the metrics of the step before are read while this one runs.
+            if pending:
+                log(*pending)
+            pending = (step, values, counts)
+            due = c.eval.every and step % c.eval.every == 0
+            last = step == plan.num_steps
+            if due or last or stop.asked:
+                log(*pending)
+                pending = None
+                if not math.isfinite(float(values["loss"])):
+                    raise FloatingPointError(
+                        f"the loss at step {step} is {float(values['loss'])}: lower optimizer.peak or set clip_norm; "
+                        f"the last checkpoint in {plan.workdir} is from before"
+                    )
+            if (due or last) and not stop.asked:
+                run_evaluations(step)
+            if last or stop.asked or step % c.checkpoint.every == 0:
+                save(step)
+            if stop.asked and not last:
+                saved.wait()
+                print(f"stopped at step {step} of {plan.num_steps}; the same command continues", flush=True)
+                return STOPPED
+    saved.wait()
+    _print_result(plan, history)
+    return 0
+
+
+def _jit_update(plan: Plan, shardings):
+    c = plan.config
+    common = {
+        "model": plan.model,
+        "tx": plan.tx,
+        "settings": plan.settings,
+        "num_segments": plan.num_segments,
+        "accumulate": c.optimizer.accumulate,
+    }
+    if c.objective == "vrpo":
+        step = functools.partial(steps.vrpo_step, cached=c.vrpo.reference == "cached", **common)
+    else:
+        step = functools.partial({"sft": steps.sft_step, "pretrain": steps.pretrain_step}[c.objective], **common)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, mesh_lib.replicated(plan.mesh)))
+
+
+class _Reference:
+    """The reference policy as `vrpo_step` and the evaluation want it: parameters, or cached terms of a batch."""
+
+    def __init__(self, plan: Plan, shardings):
+        c = plan.config
+        self._plan = plan
+        self._terms = jax.jit(
+            functools.partial(
+                steps.reference_terms, model=plan.model, settings=plan.settings, num_segments=plan.num_segments
+            ),
+            out_shardings=mesh_lib.rows(plan.mesh),
+        )
+        dtype = c.vrpo.reference_dtype or c.model.param_dtype
+        self._params = convert.load(c.vrpo.reference_from or c.init_from, dtype, shardings)[1]
+        self._caches = {}
+        if c.vrpo.reference == "cached":
+            identity = {
+                "reference": checkpoint.fingerprint(self._params),
+                "settings": repr((plan.settings, plan.model, plan.num_segments)),
+            }
+            epochs = -(-plan.num_steps * c.data.batch_rows // len(plan.rows))
+            self._caches["train"] = self._fill(plan.rows, epochs, identity)
+            if plan.heldout is not None:
+                self._caches["heldout"] = self._fill(plan.heldout, 1, identity)
+            self._params = None
+
+    def _fill(self, rows: data.Rows, epochs: int, identity: dict) -> reference.ReferenceCache:
+        plan = self._plan
+        batch_rows = plan.config.data.batch_rows
+        cache = reference.ReferenceCache(
+            plan.workdir / "reference",
+            identity | {"rows": rows.fingerprint},
+            num_rows=len(rows),
+            epochs=epochs,
+            n=plan.settings.scheme.n,
+            segments=plan.num_segments,
+        )
+
+        def batches_of(epoch, start):
+            index = epoch * len(rows) + start
+            return data.loader(
+                rows, batch_rows=batch_rows, seed=0, shuffle=False, epochs=epoch + 1, start=index, pad=True
+            )
+
+        with metrics.Progress(epochs * len(rows), unit="reference row", show=()) as progress:
+            cache.fill(
+                lambda batch: np.asarray(self._terms(self._params, _put(batch, plan.mesh))),
+                batches_of,
+                batch_rows=batch_rows,
+                progress=lambda done, _: progress.update(done),
+            )
+        return cache
+
+    def of(self, batch, which: str = "train"):
+        """What `vrpo_step` takes beside a batch."""
+        if self._params is not None:
+            return self._params
+        return jax.device_put(self._caches[which][batch], mesh_lib.rows(self._plan.mesh))
+
+    def terms(self, batch) -> jax.Array:
+        """Terms of the reference for a held-out batch."""
+        if self._params is not None:
+            return self._terms(self._params, _put(batch, self._plan.mesh))
+        return self.of(batch, "heldout")
+
+
+class _Evaluation:
+    """The held-out metrics of a plan, compiled once."""
+
+    def __init__(self, plan: Plan, policy_reference: _Reference | None):
+        self._plan, self._reference = plan, policy_reference
+        kwargs = {"model": plan.model, "num_segments": plan.num_segments}
+        if policy_reference is None:
+            scheme = noise.Scheme(plan.config.eval.n_t or 8)
+            self._metrics = jax.jit(
+                functools.partial(evaluate.denoising_metrics, scheme=scheme, seed=plan.config.seed, **kwargs)
+            )
+        else:
+            self._metrics = jax.jit(functools.partial(evaluate.preference_metrics, settings=plan.settings, **kwargs))
+
+    def run(self, params) -> dict[str, float]:
+        plan = self._plan
+        c = plan.config
+        found = {}
+        if plan.heldout is not None:
+            batch_rows = c.eval.batch_rows or c.data.batch_rows
+
+            def metrics_of(batch):
+                terms = () if self._reference is None else (self._reference.terms(batch),)
+                return self._metrics(params, _put(batch, plan.mesh), *terms)
+
+            batches = data.loader(
+                plan.heldout, batch_rows=batch_rows, seed=c.seed, shuffle=False, epochs=1, pad=True
+            )
+            found |= evaluate.over_batches(metrics_of, batches)
+        if plan.prompts:
+            found |= evaluate.solve_rate(
+                jax.tree_util.Partial(plan.model.apply, {"params": params}),
+                plan.prompts,
+                plan.tokenizer,
+                evaluate.load_scorer(c.solve.scorer),
+                template=c.data.template,
+                batch_size=c.solve.batch_size,
+                gen_length=c.solve.gen_length,
+                steps=c.solve.steps,
+                block_length=c.solve.block_length,
+                mask_id=plan.model.config.mask_token_id,
+                pad_id=plan.tokenizer.eos_id,
+                eos_id=plan.tokenizer.eos_id,
+                eot_id=plan.tokenizer.eot_id,
+            )
+        return found
+
+
+def _put(batch, mesh: Mesh):
+    """A host's part of a batch as global arrays, rows over data and fsdp."""
+    sharding = mesh_lib.rows(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def _count_pairs(batch) -> int:
+    return int((batch.segment_ids.max(axis=1) // 2).sum())
+
+
+def _write_model_folder(plan: Plan):
+    """workdir/model: config.json and the tokenizer, so that the workdir is a checkpoint on its own."""
+    folder = plan.workdir / "model"
+    plan.tokenizer.save(folder)
+    (folder / "config.json").write_text(json.dumps(plan.model.config.to_dict(), indent=1) + "\n")
+
+
+_SHOWN = (
+    "solve/rate",
+    "rewards/accuracies",
+    "rewards/margins",
+    "elbo_per_token",
+    "loss/preference",
+    "loss/sft",
+    "loss/sft_rejected",
+    "score/mc_variance",
+)
+
+
+def _shown(found: dict[str, float]) -> str:
+    return ", ".join(
+        f"{name} {found[name]:.4f} +- {found.get(f'{name}_stderr', math.nan):.4f}" for name in _SHOWN if name in found
+    )
+
+
+def _print_result(plan: Plan, history: list[dict]):
+    """The table at the end: every held-out metric before and after, with standard errors."""
+    print(f"done: {plan.num_steps} steps, {plan.workdir}")
+    before, after = history[0], history[-1]
+    names = [name for name in _SHOWN if name in after]
+    if not names:
+        return
+    print(f"{'held out':<22}{'step ' + str(before['step']):>20}{'step ' + str(after['step']):>20}")
+    for name in names:
+        cells = (f"{at[name]:.4f} +- {at.get(f'{name}_stderr', math.nan):.4f}" for at in (before, after))
+        print(f"{name:<22}" + "".join(f"{cell:>20}" for cell in cells))
+    if "solve/rate" in after and before["solve/rate"] < 1:
+        removed = (after["solve/rate"] - before["solve/rate"]) / (1 - before["solve/rate"])
+        print(f"{after['solve/count']} held-out prompts; share of the errors removed: {removed:.1%}")
+
+
+def main(argv):
+    if len(argv) > 1:
+        sys.exit(f"error: unexpected argument {argv[1]!r}; settings are --config.name=value")
+    config = _CONFIG.value
+    config.lock()
+    try:
+        plan = make_plan(config, _WORKDIR.value, dry_run=_DRY_RUN.value)
+        print(describe(plan), flush=True)
+        if _DRY_RUN.value:
+            return
+        status = train(plan)
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        if os.environ.get("LLADA_JAX_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}")
+    sys.exit(status)
+
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config().", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and packed data go; the run's identity.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Validate, print what would run, and end.")
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    logging.set_verbosity(logging.WARNING)
+    app.run(main)

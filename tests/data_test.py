@@ -1,0 +1,657 @@
+"""Sources, records, packing, the cache on disk and the loader."""
+
+import bz2
+import collections
+import gzip
+import itertools
+import json
+import lzma
+import re
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from llada_jax import data, tokenizer
+
+CORPUS = ["the user asks and the assistant says hello", "numbers 12 and 345, a few more words"] * 3
+
+
+@pytest.fixture(scope="module")
+def tok(tmp_path_factory):
+    return tokenizer.train(CORPUS, tmp_path_factory.mktemp("tokenizer"), vocab_size=320)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes records (or raw lines) as jsonl, returns the source."""
+
+    def write(records, name="data.jsonl", opener=open):
+        with opener(tmp_path / name, "wt") as f:
+            f.writelines((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records)
+        return f"jsonl:{tmp_path / name}"
+
+    return write
+
+
+@pytest.fixture
+def prepare(tok, tmp_path):
+    def prepare(source, kind, row_length=64, template="plain", **settings):
+        settings |= {"row_length": row_length, "template": template, "cache_dir": tmp_path / "cache"}
+        return data.prepare(source, kind, tok, **settings)
+
+    return prepare
+
+
+def words(n, seed=0):
+    """A text of n tokens: a digit is one token."""
+    return "".join(str(d) for d in np.random.default_rng([n, seed]).integers(0, 10, n))
+
+
+def pair(p, w, l, seed=0):
+    return {"prompt": words(p, seed), "chosen": "1" + words(w - 1, seed), "rejected": "2" + words(l - 1, seed)}
+
+
+def pairs(count, most=12, seed=1):
+    rng = np.random.default_rng(seed)
+    return [pair(*(int(n) for n in rng.integers(1, most, 3)), seed=i) for i in range(count)]
+
+
+def segments(row):
+    """[(prompt ids, response ids)] of a row."""
+    found = []
+    for s in range(1, int(row["segment_ids"].max()) + 1):
+        inside = row["segment_ids"] == s
+        mask = row["response_mask"]
+        assert (np.diff(mask[inside].astype(int)) >= 0).all()  # a prompt, then a response
+        found.append((row["tokens"][inside & ~mask].tolist(), row["tokens"][inside & mask].tolist()))
+    return found
+
+
+# ---- records
+
+
+USER = {"role": "user", "content": "q"}
+BOT = {"role": "assistant", "content": "a"}
+BAD = {"role": "assistant", "content": "b"}
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {"prompt": [USER], "chosen": "a", "rejected": "b"},
+        {"prompt": "q", "chosen": [BOT], "rejected": [BAD]},
+        {"prompt": [USER], "chosen": [USER, BOT], "rejected": [USER, BAD]},
+        {"prompt": "q", "chosen": [USER, BOT], "rejected": "b"},
+        {"chosen": [USER, BOT], "rejected": [USER, BAD]},
+        {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+        {"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": "a", "rejected": "b"},
+    ],
+)
+def test_forms_of_preference_records(raw):
+    got = data.normalise(raw, "preference")
+    assert (data.as_messages(got["prompt"]), got["chosen"], got["rejected"]) == ([USER], "a", "b")
+    assert data.as_messages(data.normalise(raw, "prompt")["prompt"]) == [USER]
+    assert data.normalise(raw, "sft")["response"] == "a"
+
+
+@pytest.mark.parametrize(
+    "raw, prompt",
+    [
+        ({"prompt": "q", "response": "a"}, "q"),
+        ({"question": "q", "answer": "a"}, "q"),
+        ({"instruction": "q", "input": "", "output": "a"}, "q"),
+        ({"instruction": "q", "input": "more", "output": "a"}, "q\n\nmore"),
+        ({"prompt": "q", "completion": "a"}, "q"),
+        ({"messages": [USER, BOT]}, [USER]),
+        ({"messages": [USER, BAD, USER, BOT]}, [USER, BAD, USER]),
+        ({"prompt": "q", "messages": [{"role": "system", "content": "s"}, USER, BOT]}, None),
+    ],
+)
+def test_forms_of_sft_records(raw, prompt):
+    got = data.normalise(raw, "sft")
+    assert got["response"] == "a"
+    assert got["prompt"] == (raw["messages"][:-1] if prompt is None else prompt)
+    if prompt is not None:
+        assert data.normalise(raw, "prompt")["prompt"] == prompt
+
+
+def test_transcripts_of_several_turns():
+    begin = "\n\nHuman: one\n\nAssistant:  two \n\nthree\n\nHuman: four\n\nAssistant: "
+    got = data.normalise({"chosen": begin + "five", "rejected": begin + "six Human: seven"}, "preference")
+    assert [m["content"] for m in got["prompt"]] == ["one", "two \n\nthree", "four"]
+    assert [m["role"] for m in got["prompt"]] == ["user", "assistant", "user"]
+    assert (got["chosen"], got["rejected"]) == ("five", "six Human: seven")
+
+
+@pytest.mark.parametrize(
+    "kind, raw, reason",
+    [
+        ("preference", {"prompt": "q", "chosen": "a"}, r"no field rejected \(it has prompt, chosen\)"),
+        ("preference", {"prompt": "q", "chosen": "a", "rejected": "a"}, "chosen and rejected are the same"),
+        ("preference", {"prompt": "q", "chosen": " \n", "rejected": "a"}, "chosen is empty"),
+        ("preference", {"prompt": "q", "chosen": 3, "rejected": "a"}, "chosen is neither a string nor a list"),
+        ("preference", {"prompt": 3, "chosen": "b", "rejected": "a"}, "prompt is neither a string nor a list"),
+        (
+            "preference",
+            {"prompt": "q", "chosen": [USER], "rejected": "a"},
+            "chosen does not end with a turn of",
+        ),
+        ("preference", {"prompt": "other", "chosen": [USER, BOT], "rejected": "a"}, "repeats another prompt"),
+        ("preference", {"chosen": "a", "rejected": "b"}, "no prompt, and chosen is no transcript"),
+        ("preference", {"chosen": [BOT], "rejected": [BAD]}, "no prompt: chosen has one turn only"),
+        (
+            "preference",
+            {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: p\n\nAssistant: b"},
+            "answer different prompts",
+        ),
+        (
+            "preference",
+            {"chosen": "\n\nHuman: q\n\nAssistant: ", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+            "the last turn of chosen is empty",
+        ),
+        ("sft", {"prompt": "q", "response": None}, "no field messages or response or"),
+        ("sft", {"prompt": "q", "response": ["a"]}, "response is neither"),
+        ("sft", {"messages": []}, "messages is neither"),
+        ("sft", {"messages": [{"role": "user"}]}, "messages is neither"),
+        ("text", {"text": 1}, "text is int, not a string"),
+        ("text", {}, r"no field text \(it has none\)"),
+        ("prompt", {"text": "q"}, "no field"),
+    ],
+)
+def test_bad_records(kind, raw, reason):
+    with pytest.raises(data.BadRecord, match=reason):
+        data.normalise(raw, kind)
+
+
+def test_bad_records_stop_or_are_counted(write, prepare, caplog):
+    bad = ["{broken", "[1]", {"prompt": "q"}, '{"prompt": "\\ud83d", "chosen": "1", "rejected": "2"}']
+    source = write([pair(1, 2, 3), *bad, "", pair(2, 3, 4)])
+    with pytest.raises(ValueError) as e:
+        prepare(source, "preference")
+    assert re.search(r"data\.jsonl:2: no JSON .*bad_records=\"skip\"$", str(e.value)) and "\n" not in str(e.value)
+    with caplog.at_level("WARNING", logger="absl"):
+        stats = prepare(source, "preference", bad_records="skip").stats
+    assert (stats.records, stats.bad, stats.samples) == (6, 4, 2)
+    assert "data.jsonl:3: a record is an object with fields, this is list" in caplog.text
+    places = [where.rpartition(":")[2] for where, _, _ in data.read_records(source, "preference", "skip")]
+    assert places == ["1", "7"]
+    with pytest.raises(ValueError, match=r"data\.jsonl:2: no JSON"):
+        list(data.read_records(source, "preference"))
+
+
+def test_bytes_that_are_no_utf8_are_a_bad_record(tmp_path, prepare):
+    (tmp_path / "x.jsonl").write_bytes(b'{"text": "' + b"1" * 80 + b'"}\n{"text": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"x\.jsonl:2: no UTF-8"):
+        prepare(f"jsonl:{tmp_path / 'x.jsonl'}", "text")
+    assert prepare(f"jsonl:{tmp_path / 'x.jsonl'}", "text", bad_records="skip").stats.bad == 1
+
+
+def test_only_the_first_bad_records_are_named(write, prepare, caplog):
+    source = write([pair(1, 2, 3), *["{broken"] * 50])
+    with caplog.at_level("WARNING", logger="absl"):
+        assert prepare(source, "preference", bad_records="skip").stats.bad == 50
+    assert caplog.text.count("skipped") == data.NAMED_BAD_RECORDS + 1
+
+
+def test_text_that_encodes_to_the_mask_is_bad(tok, write, tmp_path, monkeypatch):
+    monkeypatch.setattr(tok, "mask_id", tok.encode("7")[0])
+    source = write([{"prompt": "1", "response": "2"}, {"prompt": "1", "response": "27"}])
+    with pytest.raises(ValueError, match=r"jsonl:2: its text encodes to the mask token"):
+        data.prepare(source, "sft", tok, row_length=64, cache_dir=tmp_path)
+
+
+# ---- packing
+
+
+def test_encode_prompt(tok):
+    messages = [{"role": "system", "content": "be"}, {"role": "user", "content": "12"}]
+    assert data.encode_prompt(tok, "12", "plain") == [tok.bos_id, *tok.encode("12")]
+    assert data.encode_prompt(tok, "12", "chat") == tok.chat_prompt(messages[1:])
+    assert data.encode_prompt(tok, messages, "chat") == tok.chat_prompt(messages)
+    assert data.encode_prompt(tok, messages, "plain") == [
+        tok.bos_id,
+        *tok.encode("\n\nSystem: be\n\nHuman: 12\n\nAssistant: "),
+    ]
+
+
+@pytest.mark.parametrize("template", ["plain", "chat"])
+def test_packed_pairs(template, tok, write, prepare):
+    """Every pair is whole, in one row, winner before loser; nothing else is there."""
+    records = pairs(200)
+    rows = prepare(write(records), "preference", row_length=160, template=template)
+    want = collections.Counter()
+    for r in records:
+        prompt = tuple(data.encode_prompt(tok, r["prompt"], template))
+        want[tuple((prompt, (*tok.encode(r[key]), tok.eos_id)) for key in ("chosen", "rejected"))] += 1
+    got = collections.Counter()
+    for i in range(len(rows)):
+        row = rows[i]
+        assert {key: value.dtype for key, value in row.items()} == (
+            {"tokens": np.int32, "segment_ids": np.uint16, "response_mask": bool}
+        )
+        assert len(row["tokens"]) <= 160 and row["segment_ids"][0] == 1
+        assert set(np.diff(row["segment_ids"].astype(int))) <= {0, 1}
+        found = [(tuple(p), tuple(r)) for p, r in segments(row)]
+        assert len(found) % 2 == 0 and len(found) <= rows.num_segments
+        got.update(zip(found[::2], found[1::2], strict=True))
+    assert got == want
+    assert rows.num_segments == max(int(rows[i]["segment_ids"].max()) for i in range(len(rows)))
+    stats = rows.stats
+    assert stats.tokens == sum(len(rows[i]["tokens"]) for i in range(len(rows)))
+    assert stats.response_tokens == sum(len(w) + len(l) for (_, w), (_, l) in want.elements())
+    assert (stats.records, stats.samples, stats.rows) == (200, 200, len(rows))
+    assert stats.fill == stats.tokens / (len(rows) * 160) > 0.8
+    assert "\n" not in str(stats) and "samples 200" in str(stats)
+
+
+def test_first_fit(write, prepare):
+    """Sizes 41 33 23 32 in rows of 64: the third just fits the first row, the fourth does not fit the second."""
+    sizes = [41, 33, 23, 32]
+    source = write([{"prompt": "1", "response": words(n - 3)} for n in sizes])
+    rows = prepare(source, "sft")
+    assert [[len(p) + len(r) for p, r in segments(rows[i])] for i in range(len(rows))] == [[41, 23], [33], [32]]
+
+
+def test_the_number_of_open_rows_is_bounded(write, prepare, monkeypatch):
+    monkeypatch.setattr(data, "OPEN_ROWS", 2)
+    source = write([{"prompt": "1", "response": words(n - 3)} for n in (40, 41, 42, 20)])
+    rows = prepare(source, "sft")
+    assert [rows[i]["segment_ids"].max() for i in range(len(rows))] == [1, 2, 1]  # the first was closed
+
+
+def test_too_long_pairs_are_dropped(write, prepare):
+    # bos + 10 + response + eos, twice: 30 tokens and 64 fit in 64, 66 do not.
+    rows = prepare(write([pair(10, 3, 3), pair(10, 20, 20), pair(10, 20, 21)]), "preference")
+    assert (rows.stats.samples, rows.stats.too_long_dropped, rows.stats.truncated) == (2, 1, 0)
+
+
+@pytest.mark.parametrize(
+    "sizes, kept",
+    [
+        ((10, 50, 10), (31, 11)),  # only the longer is cut
+        ((10, 10, 50), (11, 31)),
+        ((10, 50, 50), (21, 21)),  # both to half of the room
+        ((10, 21, 50), (21, 21)),  # the shorter is above its half: both
+        ((30, 9, 9), (1, 1)),
+        ((31, 9, 9), None),  # the prompts fill the row
+    ],
+)
+def test_truncated_pairs(sizes, kept, tok, write, prepare):
+    small = pair(1, 2, 2)
+    rows = prepare(write([small, pair(*sizes)]), "preference", too_long="truncate")
+    assert (rows.stats.truncated, rows.stats.too_long_dropped) == ((1, 0) if kept else (0, 1))
+    if kept:
+        record = pair(*sizes)
+        row = next(row for row in rows if len(row["tokens"]) > 8)
+        (prompt, winner), (again, loser) = segments(row)[-2:]
+        assert prompt == again == [tok.bos_id, *tok.encode(record["prompt"])]
+        whole = [[*tok.encode(record[key]), tok.eos_id] for key in ("chosen", "rejected")]
+        assert (winner, loser) == tuple(ids[:n] for ids, n in zip(whole, kept, strict=True))
+
+
+def test_a_pair_that_becomes_equal_is_dropped(write, prepare):
+    same = {"prompt": "1", "chosen": "5" * 50 + "1", "rejected": "5" * 50 + "2"}
+    stats = prepare(write([pair(1, 2, 2), same]), "preference", too_long="truncate").stats
+    assert (stats.samples, stats.truncated, stats.too_long_dropped) == (1, 0, 1)
+
+
+def test_truncated_sft(tok, write, prepare):
+    source = write([{"prompt": words(10), "response": words(70)}, {"prompt": words(63), "response": "1"}])
+    rows = prepare(source, "sft", too_long="truncate")
+    assert (rows.stats.truncated, rows.stats.too_long_dropped, rows.stats.tokens) == (1, 1, 64)
+    assert segments(rows[0]) == [([tok.bos_id, *tok.encode(words(10))], tok.encode(words(70))[:53])]
+
+
+@pytest.mark.parametrize("multiple, answers", [(1, [4, 8]), (8, [8, 8]), (5, [5, 10]), (64, [60, 60])])
+def test_answer_multiple(multiple, answers, tok, write, prepare):
+    source = write([{"prompt": "123", "response": "456"}, {"prompt": "123", "response": "4567890"}])
+    rows = prepare(source, "sft", answer_multiple=multiple)
+    found = [answer for i in range(len(rows)) for _, answer in segments(rows[i])]
+    assert [len(answer) for answer in found] == answers
+    assert set(found[0][3:]) == {tok.eos_id} and found[0][:3] == tok.encode("456")
+    assert len(rows) == (2 if multiple == 64 else 1)
+
+
+def test_without_eos(tok, write, prepare):
+    rows = prepare(write([{"prompt": "1", "response": "2"}]), "sft", append_eos=False)
+    assert rows[0]["tokens"].tolist() == [tok.bos_id, *tok.encode("12")]
+
+
+def test_text_is_one_stream(tok, write, prepare):
+    texts = [words(n, seed=n) for n in (5, 200, 1, 90, 62)]
+    rows = prepare(write([{"text": t} for t in texts]), "text")
+    stream = [i for t in texts for i in (tok.bos_id, *tok.encode(t), tok.eos_id)]
+    assert len(rows) == len(stream) // 64 == 5
+    got = [rows[i] for i in range(5)]
+    assert np.concatenate([row["tokens"] for row in got]).tolist() == stream[: 5 * 64]
+    assert all((row["segment_ids"] == 1).all() and row["response_mask"].all() for row in got)
+    assert rows.num_segments == 1 and rows.stats.fill == 1
+
+
+def test_holdout_is_disjoint_and_complete(write, prepare):
+    source = write([{"prompt": str(i), "response": "1"} for i in range(500)])
+    got = {}
+    for split, holdout in (("train", 0.1), ("heldout", 0.1), ("train", 0.0)):
+        rows = prepare(source, "sft", holdout=holdout, split=split)
+        got[split, holdout] = {tuple(p) for i in range(len(rows)) for p, _ in segments(rows[i])}
+    assert got["train", 0.1] | got["heldout", 0.1] == got["train", 0.0] and len(got["train", 0.0]) == 500
+    assert not got["train", 0.1] & got["heldout", 0.1]
+    assert 30 <= len(got["heldout", 0.1]) <= 70  # 50 +- 3 standard deviations
+
+
+def test_limit(write, prepare):
+    source = write([*({"prompt": str(i), "response": "1"} for i in range(10)), "{broken"])
+    assert prepare(source, "sft", limit=4).stats.samples == 4
+    assert prepare(source, "sft", limit=10).stats.samples == 10
+
+
+# ---- the cache
+
+
+def test_the_cache_is_used_and_covers_content_and_settings(write, prepare, tok, tmp_path, monkeypatch):
+    source = write(pairs(20))
+    first = prepare(source, "preference")
+    (tmp_path / "data.jsonl").rename(tmp_path / "moved.jsonl")
+    with monkeypatch.context() as m:
+        m.setattr(tokenizer.Tokenizer, "encode", None)
+        again = prepare(f"jsonl:{tmp_path}/moved.jsonl", "preference")  # the path does not matter
+    assert again.fingerprint == first.fingerprint and again.stats == first.stats
+    assert all((a[key] == b[key]).all() for a, b in zip(first, again, strict=True) for key in a)
+    other = {
+        prepare(f"jsonl:{tmp_path}/moved.jsonl", "preference", **{"row_length": 64, **change}).fingerprint
+        for change in (
+            {"row_length": 128},
+            {"template": "chat", "row_length": 256},
+            {"append_eos": False},
+            {"too_long": "truncate"},
+            {"bad_records": "skip"},
+            {"holdout": 0.5},
+            {"holdout": 0.5, "split": "heldout"},
+            {"limit": 19},
+        )
+    }
+    other |= {prepare(write(pairs(20, seed=2)), "preference").fingerprint}
+    other |= {prepare(f"jsonl:{tmp_path}/moved.jsonl", "sft").fingerprint}
+    other |= {prepare(write(pairs(20)), "preference").fingerprint}  # the first again
+    assert len(other) == 11
+    assert {p.name for p in (tmp_path / "cache").iterdir()} == other
+
+
+def test_another_tokenizer_is_another_cache(write, prepare, tok, tmp_path):
+    source = write(pairs(5))
+    small = tokenizer.train(CORPUS, tmp_path / "t", vocab_size=310)
+    other = data.prepare(source, "preference", small, row_length=64, template="plain", cache_dir=tmp_path / "cache")
+    assert prepare(source, "preference", row_length=64).fingerprint != other.fingerprint
+
+
+def test_a_failure_leaves_nothing_behind(write, prepare, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "OPEN_ROWS", 1)
+    source = write([*pairs(100), "{broken"])
+    with pytest.raises(ValueError, match=r"^[^\n]*data\.jsonl:101: no JSON[^\n]*$"):
+        prepare(source, "preference")
+    assert not list((tmp_path / "cache").iterdir())
+    monkeypatch.setattr(data._Builder, "_generate_examples", lambda self: iter([(0, {"tokens": "x"})]))
+    with pytest.raises(Exception):  # noqa: B017  (whatever TFDS makes of it)
+        prepare(source, "preference", bad_records="skip")
+    assert not list((tmp_path / "cache").iterdir())
+    monkeypatch.undo()
+    assert prepare(source, "preference", bad_records="skip").stats.samples == 100
+
+
+def test_the_loser_of_a_race_uses_the_rows_of_the_winner(write, prepare, tmp_path, monkeypatch):
+    source = write(pairs(20))
+    write_rows = data._write
+
+    def late(packer, directory, fingerprint):
+        write_rows(data._Packer(packer.source, packer.tokenizer, packer.settings), directory, fingerprint)
+        write_rows(packer, directory, fingerprint)
+
+    monkeypatch.setattr(data, "_write", late)
+    rows = prepare(source, "preference")
+    assert rows.stats.samples == 20
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == [rows.fingerprint]
+
+
+# ---- sources
+
+
+@pytest.mark.parametrize("ending, opener", [("", open), (".gz", gzip.open), (".xz", lzma.open), (".bz2", bz2.open)])
+def test_compressed_files(ending, opener, write, prepare):
+    assert prepare(write(pairs(5), f"a.jsonl{ending}", opener), "preference").stats.samples == 5
+
+
+def test_globs_and_several_sources(write, prepare, tmp_path):
+    for name in ("a1", "a2", "b"):
+        write([{"prompt": name, "response": "1"}], f"{name}.jsonl")
+    assert prepare(f"jsonl:{tmp_path}/a*.jsonl", "sft").stats.samples == 2
+    assert prepare(f"jsonl:{tmp_path}/a?.jsonl,jsonl:{tmp_path}/b.jsonl", "sft").stats.samples == 3
+
+
+def numbers(count=3, start=0, word="x"):
+    """What a python: source calls."""
+    return ({"prompt": f"{word}{i}", "response": str(i)} for i in range(start, start + count))
+
+
+def test_python_source(prepare):
+    source = f"python:{__name__}:numbers"
+    assert [raw["prompt"] for _, raw, _ in data.read_records(source + "?count=2&start=5&word=y", "sft")] == ["y5", "y6"]
+    rows = prepare(source, "sft")
+    assert rows.stats.samples == 3
+    assert prepare(source + "?count=3", "sft").fingerprint == rows.fingerprint
+    assert prepare(source + "?start=1", "sft").fingerprint != rows.fingerprint
+    for bad in (f"{__name__}:nothing", "no_such_module:f", __name__):
+        with pytest.raises(ValueError, match=r"data source python:.*; write python:module:function"):
+            prepare(f"python:{bad}", "sft")
+
+
+class Chats(tfds.core.GeneratorBasedBuilder):
+    """A small prepared dataset."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    pkg_dir_path = None
+
+    def _info(self):
+        text = tfds.features.Text()
+        chat = tfds.features.Sequence({"role": text, "content": text})
+        features = {"prompt": text, "chosen": text, "rejected": chat}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(), "test": self._generate_examples(2)}
+
+    def _generate_examples(self, count=4):
+        for i in range(count):
+            yield i, {"prompt": f"q{i}", "chosen": "é", "rejected": [{"role": "assistant", "content": "no"}]}
+
+
+def test_tfds_source(tmp_path, prepare):
+    builder = Chats(data_dir=tmp_path / "tfds", file_format="array_record")
+    builder.download_and_prepare()
+    records = [record for _, _, record in data.read_records(f"tfds:{builder.data_path}", "preference")]
+    assert sorted(r["prompt"] for r in records) == ["q0", "q1", "q2", "q3"]
+    assert {(r["chosen"], r["rejected"]) for r in records} == {("é", "no")}
+    rows = prepare(f"tfds:{builder.data_path}:test", "preference")
+    assert rows.stats.samples == 2
+    assert prepare(f"tfds:{builder.data_path}:train[:1]", "preference").stats.samples == 1
+    tfds.core.add_data_dir(tmp_path / "tfds")
+    assert len(list(data.read_records("tfds:chats:train[1:]", "preference"))) == 3
+    with pytest.raises(ValueError, match="no split 'dev' in .* it has train, test"):
+        prepare(f"tfds:{builder.data_path}:dev", "preference")
+    for missing in (f"{tmp_path}/nowhere", "no_such_dataset"):
+        with pytest.raises(FileNotFoundError, match=r"^[^\n]*no prepared dataset at [^\n]*$"):
+            prepare(f"tfds:{missing}", "preference")
+
+
+def test_sources_that_give_nothing(write, prepare, tmp_path):
+    cases = [
+        (FileNotFoundError, f"jsonl:{tmp_path}/nowhere.jsonl", {}, "no file matches .*nowhere.jsonl"),
+        (ValueError, f"{tmp_path}/data.jsonl", {}, "is none of jsonl, tfds, python; write jsonl:PATH"),
+        (ValueError, write([], "empty.jsonl"), {}, "empty.jsonl holds no record; give"),
+        (ValueError, write(["", ""], "blank.jsonl"), {}, "holds no record"),
+        (ValueError, write(["{"], "bad.jsonl"), {"bad_records": "skip"}, "gives no sample .*bad 1"),
+        (ValueError, write([pair(40, 9, 9)], "long.jsonl"), {}, "gives no sample .*too_long_dropped 1.*row_length"),
+        (ValueError, write(pairs(1), "one.jsonl"), {"holdout": 0.01, "split": "heldout"}, "in its heldout split"),
+    ]
+    for error, source, settings, message in cases:
+        with pytest.raises(error, match=message) as e:
+            prepare(source, "preference", **settings)
+        assert "\n" not in str(e.value)
+    with pytest.raises(ValueError, match="fills no row of 64 tokens"):
+        prepare(write([{"text": "1"}], "text.jsonl"), "text")
+    whole = gzip.compress(b'{"text": "hello"}\n' * 10_000)
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"cut\.jsonl\.gz cannot be read past line \d+ .*complete\?"):
+        prepare(f"jsonl:{tmp_path}/cut.jsonl.gz", "text")
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"kind": "pairs"}, "kind='pairs' is unknown; use one of preference, sft, text"),
+        ({"template": "llama"}, "template='llama' is unknown; use one of chat, plain"),
+        ({"too_long": "cut"}, "too_long='cut' is unknown"),
+        ({"bad_records": "ignore"}, "bad_records='ignore' is unknown"),
+        ({"split": "test"}, "split='test' is unknown"),
+        ({"split": "heldout"}, "is empty at holdout=0"),
+        ({"holdout": 1.5}, "holdout=1.5 is no fraction"),
+        ({"row_length": 0}, "row_length=0 is too small"),
+        ({"answer_multiple": 8}, 'answer_multiple=8 is for kind="sft"'),
+        ({"cache_dir": "gs://bucket/x"}, "cache_dir=gs://bucket/x is not local"),
+    ],
+)
+def test_settings_are_checked(settings, message, tok, tmp_path, write):
+    given = {"kind": "preference", "row_length": 64, "cache_dir": tmp_path, **settings}
+    with pytest.raises(ValueError, match=message):
+        data.prepare(write(pairs(2)), given.pop("kind"), tok, **given)
+
+
+def test_a_template_that_the_tokenizer_cannot_write(tok, write, prepare, monkeypatch):
+    monkeypatch.setitem(tok._specials, tokenizer.EOT, None)
+    with pytest.raises(ValueError, match=r"the chat template needs <\|eot_id\|>"):
+        prepare(write(pairs(2)), "preference", template="chat")
+
+
+# ---- the loader
+
+
+@pytest.fixture
+def rows(write, prepare):
+    made = prepare(write(pairs(60)), "preference", row_length=100)
+    assert len(made) > 12
+    return made
+
+
+def take(iterator, count=None):
+    return list(itertools.islice(iterator, count))
+
+
+def same(a, b):
+    return all((getattr(a, name) == getattr(b, name)).all() for name in vars(a))
+
+
+def test_batches(rows):
+    batch = next(data.loader(rows, batch_rows=4, seed=0, shuffle=False))
+    assert {name: getattr(batch, name).shape for name in ("tokens", "segment_ids", "positions", "response_mask")} == (
+        dict.fromkeys(("tokens", "segment_ids", "positions", "response_mask"), (4, 100))
+    )
+    assert [batch.tokens.dtype, batch.segment_ids.dtype, batch.positions.dtype] == [np.int32] * 3
+    assert batch.response_mask.dtype == bool and batch.row_ids.dtype == batch.epochs.dtype == np.int32
+    assert batch.row_ids.tolist() == [0, 1, 2, 3]
+    for r in range(4):
+        size = len(rows[r]["tokens"])
+        for name, value in rows[r].items():
+            assert (getattr(batch, name)[r, :size] == value).all()
+        assert (batch.tokens[r, size:] == rows.pad_id).all() and not batch.segment_ids[r, size:].any()
+        assert not batch.response_mask[r, size:].any()
+        for s in range(1, batch.segment_ids[r].max() + 1):
+            inside = batch.positions[r][batch.segment_ids[r] == s]
+            assert (inside == np.arange(len(inside))).all()
+
+
+def test_each_epoch_is_a_new_permutation(rows):
+    n = len(rows)
+    batches = take(data.loader(rows, batch_rows=1, seed=0, epochs=3))
+    ids = np.concatenate([b.row_ids for b in batches]).reshape(3, n)
+    assert (np.sort(ids) == np.arange(n)).all()
+    assert len({tuple(order) for order in ids.tolist()} | {tuple(range(n))}) == 4
+    assert np.concatenate([b.epochs for b in batches]).tolist() == sorted([0, 1, 2] * n)
+    for seed in (0, 1):
+        other = np.concatenate([b.row_ids for b in data.loader(rows, batch_rows=1, seed=seed, epochs=3)]).reshape(3, n)
+        assert (other == ids).all() if seed == 0 else not {*map(tuple, other)} & {*map(tuple, ids)}
+
+
+@pytest.mark.parametrize("start", [0, 1, 5, 12, 39])
+def test_resume_at_any_index(rows, start):
+    all_ids = np.concatenate([b.row_ids for b in take(data.loader(rows, batch_rows=1, seed=3), 60)])
+    resumed = data.loader(rows, batch_rows=4, seed=3, start=start)
+    assert resumed.next_index == start
+    assert np.concatenate([b.row_ids for b in take(resumed, 5)]).tolist() == all_ids[start : start + 20].tolist()
+    assert resumed.next_index == start + 20
+
+
+@pytest.mark.parametrize("shards", [2, 4])
+def test_shards_make_the_same_global_batch(rows, shards):
+    whole = take(data.loader(rows, batch_rows=8, seed=3, start=3), 6)
+    parts = [
+        take(data.loader(rows, batch_rows=8, seed=3, start=3, shard_index=s, shard_count=shards, threads=s + 1), 6)
+        for s in range(shards)
+    ]
+    for k, batch in enumerate(whole):
+        for s in range(shards):
+            for name, value in vars(batch).items():
+                assert (getattr(parts[s][k], name) == value[s::shards]).all()
+
+
+def test_the_last_batch(rows):
+    n = len(rows)
+    size = n // 2 + 1  # two batches do not fill up
+
+    def ids(**given):
+        return [b.row_ids.tolist() for b in data.loader(rows, batch_rows=size, seed=0, shuffle=False, **given)]
+
+    assert ids(epochs=1) == [list(range(size))]
+    padded = [*range(size, n), *[-1] * (2 * size - n)]
+    assert ids(epochs=1, pad=True) == [list(range(size)), padded]
+    assert ids(epochs=1, pad=True, start=size) == [padded]
+    assert ids(epochs=1, start=2 * size) == []
+    last = take(data.loader(rows, batch_rows=size, seed=0, epochs=1, pad=True))[-1]
+    assert (
+        not last.segment_ids[-1].any() and not last.response_mask[-1].any() and (last.tokens[-1] == rows.pad_id).all()
+    )
+    big = take(data.loader(rows, batch_rows=2 * n, seed=0, epochs=1, pad=True))
+    assert len(big) == 1 and (big[0].row_ids >= 0).sum() == n
+
+
+def test_loader_settings_are_checked(rows):
+    with pytest.raises(ValueError, match="batch_rows=6 cannot be shared by shard 0 of 4"):
+        data.loader(rows, batch_rows=6, seed=0, shard_count=4)
+    with pytest.raises(ValueError, match="shard 4 of 4"):
+        data.loader(rows, batch_rows=8, seed=0, shard_index=4, shard_count=4)
+    with pytest.raises(ValueError, match=f"{len(rows)} rows x 1 epochs fill no batch of 1000"):
+        data.loader(rows, batch_rows=1000, seed=0, epochs=1)
+
+
+def test_one_row(write, prepare):
+    rows = prepare(write(pairs(1)), "preference")
+    batch = next(data.loader(rows, batch_rows=3, seed=0))
+    assert batch.row_ids.tolist() == [0, 0, 0] and batch.epochs.tolist() == [0, 1, 2]
+
+
+# ---- real data
+
+
+def test_hh_rlhf(shared, prepare):
+    """1,991 of the 2,000 rows are pairs: 4 winners are empty, 5 answer another prompt."""
+    source = f"jsonl:{shared}/data/preferences/hh_rlhf_harmless.jsonl.gz"
+    with pytest.raises(ValueError, match=r"gz:80: the last turn of chosen is empty; .*skip"):
+        prepare(source, "preference", row_length=512)
+    stats = prepare(source, "preference", row_length=16384, limit=100, bad_records="skip").stats
+    assert (stats.records, stats.bad, stats.samples) == (100, 1, 99)
+    for where, raw, record in data.read_records(source, "preference", "skip"):
+        for key in ("chosen", "rejected"):
+            said = "".join(m["content"] for m in record["prompt"]) + record[key]
+            assert re.sub(r"\n\n(Human|Assistant):|\s", "", raw[key]) == re.sub(r"\s", "", said), where
+        assert record["prompt"][-1]["role"] in ("user", "assistant") and record["chosen"] != record["rejected"]
+    assert len(list(data.read_records(source, "preference", "skip"))) == 1991

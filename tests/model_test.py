@@ -1,0 +1,165 @@
+"""The model: packing, chunked log-probabilities, remat, types, attention in blocks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llada_jax import attention, model
+from llada_jax.model import LLaDA, ModelConfig
+
+CONFIG = ModelConfig(
+    d_model=32, n_heads=4, n_kv_heads=2, n_layers=2, vocab_size=96, mask_token_id=95, mlp_hidden_size=48
+)
+PUBLISHED_8B = {
+    "d_model": 4096, "n_heads": 32, "n_kv_heads": 32, "n_layers": 32, "mlp_hidden_size": 12288, "vocab_size": 126464,
+    "embedding_size": 126464, "mask_token_id": 126336,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def params():
+    # Weights ten times the usual, so that attention and positions matter.
+    key = jax.random.key(0)
+    return jax.tree.map(lambda x: 10 * x, plain(LLaDA(CONFIG).init(key, jnp.zeros((1, 4), int))["params"]))
+
+
+def plain(tree):
+    import flax.linen as nn
+
+    return nn.unbox(tree)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return jax.random.randint(jax.random.key(1), (3, 20), 0, 96)
+
+
+def test_a_packed_row_gives_what_its_segments_give_alone(params, tokens):
+    apply = lambda *args, **kwargs: LLaDA(CONFIG).apply({"params": params}, *args, **kwargs)
+    lengths = (7, 9, 4)
+    row = jnp.concatenate([tokens[i, :n] for i, n in enumerate(lengths)])[None]
+    segment_ids = jnp.repeat(jnp.array([1, 2, 0]), jnp.array(lengths))[None]
+    positions = jnp.concatenate([jnp.arange(n) for n in lengths])[None]
+    packed = apply(row, segment_ids=segment_ids, positions=positions)[0]
+    start = 0
+    for i, n in enumerate(lengths):
+        np.testing.assert_allclose(packed[start : start + n], apply(tokens[i : i + 1, :n])[0], atol=2e-4)
+        start += n
+    assert np.abs(packed - apply(row)[0]).max() > 0.1, "without segments it is another function"
+
+
+def test_padded_keys_are_not_attended_to(params, tokens):
+    apply = lambda *args, **kwargs: LLaDA(CONFIG).apply({"params": params}, *args, **kwargs)
+    mask = jnp.arange(20) < 13
+    changed = jnp.where(mask, tokens, 3)
+    a = apply(tokens, attention_mask=jnp.broadcast_to(mask, tokens.shape).astype(int))
+    b = apply(changed, attention_mask=jnp.broadcast_to(mask, tokens.shape))
+    np.testing.assert_allclose(a[:, :13], b[:, :13], atol=1e-5)
+
+
+def test_leading_axes_are_free(params, tokens):
+    apply = lambda x: LLaDA(CONFIG).apply({"params": params}, x)
+    np.testing.assert_allclose(apply(tokens.reshape(3, 1, 20))[:, 0], apply(tokens), atol=1e-5)
+    np.testing.assert_allclose(apply(tokens[0]), apply(tokens)[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("weight_tying", [False, True])
+@pytest.mark.parametrize("chunk", [6, 10, 64])
+def test_token_logps_are_those_of_the_full_logits(tokens, chunk, weight_tying):
+    import dataclasses
+
+    config = dataclasses.replace(CONFIG, weight_tying=weight_tying)
+    chunked = LLaDA(config, logps_chunk=chunk)
+    params = plain(chunked.init(jax.random.key(2), tokens)["params"])
+    targets = jnp.roll(tokens, 1, -1)
+    weights = jax.random.normal(jax.random.key(3), tokens.shape)
+
+    def full(params):
+        logps = jax.nn.log_softmax(LLaDA(config).apply({"params": params}, tokens))
+        logps = jnp.take_along_axis(logps, targets[..., None], -1)[..., 0]
+        return jnp.sum(weights * logps), logps
+
+    def ours(params):
+        logps = chunked.apply({"params": params}, tokens, targets, method="token_logps")
+        return jnp.sum(weights * logps), logps
+
+    (_, expected), expected_grads = jax.value_and_grad(full, has_aux=True)(params)
+    (_, logps), grads = jax.value_and_grad(ours, has_aux=True)(params)
+    np.testing.assert_allclose(logps, expected, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads, expected_grads)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_no_gradient(params, tokens, remat):
+    def gradient(remat):
+        fn = lambda p: LLaDA(CONFIG, remat=remat).apply({"params": p}, tokens, tokens, method="token_logps").sum()
+        return jax.jit(jax.grad(fn))(params)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradient(remat), gradient("none"))
+
+
+def test_bfloat16_computes_in_bfloat16_and_returns_float32(params, tokens):
+    small = jax.tree.map(lambda x: x / 10, params)
+    exact = LLaDA(CONFIG).apply({"params": small}, tokens)
+    half = LLaDA(CONFIG, dtype=jnp.bfloat16).apply({"params": small}, tokens)
+    assert half.dtype == jnp.float32
+    difference = np.abs(half - exact).max()
+    assert 0 < difference < 0.05 * np.abs(exact).max()
+    boxed = LLaDA(CONFIG, param_dtype=jnp.bfloat16).init(jax.random.key(0), tokens)
+    assert {x.dtype.name for x in jax.tree.leaves(boxed)} == {"bfloat16"}
+
+
+@pytest.mark.parametrize("with_mask, with_segments", [(False, False), (True, False), (False, True), (True, True)])
+def test_attention_in_query_blocks_is_attention(monkeypatch, with_mask, with_segments):
+    key = jax.random.split(jax.random.key(0), 3)
+    q = jax.random.normal(key[0], (2, 22, 4, 8))
+    k, v = (jax.random.normal(x, (2, 22, 2, 8)) for x in key[1:])
+    kwargs = {}
+    if with_mask:
+        kwargs["attention_mask"] = jnp.arange(22) < jnp.array([[22], [15]])
+    if with_segments:
+        kwargs["segment_ids"] = jnp.tile(jnp.arange(22) // 6, (2, 1))
+
+    def value_and_grads():
+        return jax.value_and_grad(lambda *x: jnp.sum(attention.attend(*x, **kwargs)[:, :12] ** 2), (0, 1, 2))(q, k, v)
+
+    whole = value_and_grads()
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), value_and_grads(), whole)
+
+
+def test_published_size_and_flops():
+    config = ModelConfig.from_dict(PUBLISHED_8B)
+    count = model.num_params(config)
+    assert round(sum(count.values()) / 1e9, 2) == 8.02 and round(count["layers"] / 1e9, 2) == 6.98
+    assert round(3 * model.flops_per_token(config, 4096) / 1e9, 1) == 51.4
+    tiny = jax.eval_shape(LLaDA(CONFIG).init, jax.random.key(0), jnp.zeros((1, 4), int))
+    assert sum(x.size for x in jax.tree.leaves(tiny)) == sum(model.num_params(CONFIG).values())
+
+
+def test_config_round_trip_and_defaults():
+    assert ModelConfig.from_dict(CONFIG.to_dict()) == CONFIG
+    minimal = ModelConfig.from_dict(
+        {"d_model": 64, "n_heads": 4, "n_layers": 1, "vocab_size": 10, "mask_token_id": 9, "mlp_ratio": 2,
+         "multi_query_attention": True}
+    )  # fmt: skip
+    assert (minimal.n_kv_heads, minimal.mlp_hidden_size, minimal.embedding_size) == (1, 128, 10)
+
+
+def test_a_config_that_cannot_be_honoured_lists_everything():
+    bad = {**PUBLISHED_8B, "activation_type": "swiglu", "alibi": True, "mask_token_id": None, "block_type": "llama"}
+    with pytest.raises(ValueError) as error:
+        ModelConfig.from_dict(bad, source="some/config.json")
+    text = str(error.value)
+    assert "some/config.json" in text and "\n" not in text
+    assert all(part in text for part in ("activation_type='swiglu'", "alibi=True", "mask_token_id is missing"))
+    assert "block_type" not in text
+    with pytest.raises(ValueError, match="n_heads=32 is not a multiple of n_kv_heads=5"):
+        ModelConfig.from_dict({**PUBLISHED_8B, "n_kv_heads": 5})
+
+
+def test_names_of_policies_are_checked(params, tokens):
+    for kwargs in ({"remat": "ful"}, {"attention": "flash"}):
+        with pytest.raises(ValueError, match="is not one of"):
+            LLaDA(CONFIG, **kwargs).apply({"params": params}, tokens)

@@ -1,0 +1,115 @@
+"""Masks and weights: counts, independence, and that noise is a function of seed, stream, row, epoch and draw."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llada_jax import noise
+
+# Two segments and padding; 3 and 5 response tokens.
+SEGMENTS = jnp.array([1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 0, 0])
+RESPONSE = jnp.array([0, 0, 1, 1, 1, 0, 1, 1, 1, 1, 1, 0, 0], bool)
+
+
+def draw(keys, scheme, num_segments=2):
+    rows = keys.shape[0]
+    tile = lambda x: jnp.tile(x, (rows, 1))
+    return noise.draw_rows(keys, tile(RESPONSE), tile(SEGMENTS), num_segments=num_segments, scheme=scheme)
+
+
+@pytest.fixture(scope="module")
+def many():
+    keys = jax.random.split(jax.random.key(0), 3000)
+    return {masks: draw(keys, noise.Scheme(n_t=2, n_yt=2, masks=masks)) for masks in noise.MASKS}
+
+
+@pytest.mark.parametrize("masks", noise.MASKS)
+def test_only_responses_are_masked_and_padding_never(many, masks):
+    drawn = many[masks]
+    assert not drawn.masked[..., ~RESPONSE].any() and not drawn.weights[~drawn.masked].any()
+
+
+def test_exact_counts_are_uniform_and_weigh_length_over_count(many):
+    drawn = many["exact"]
+    for segment, length in ((1, 3), (2, 5)):
+        inside = np.asarray(SEGMENTS == segment)
+        counts = np.asarray(drawn.masked[..., inside].sum(-1))
+        assert counts.min() == 1 and counts.max() == length
+        shares = np.bincount(counts.ravel(), minlength=length + 1)[1:] / counts.size
+        np.testing.assert_allclose(shares, 1 / length, atol=0.03)
+        weights = np.asarray(drawn.weights[..., inside].max(-1))
+        np.testing.assert_allclose(weights, length / counts, rtol=1e-6)
+
+
+@pytest.mark.parametrize("masks", noise.MASKS)
+def test_every_token_counts_one_on_average(many, masks):
+    weights = np.asarray(many[masks].weights)[..., np.asarray(RESPONSE)].reshape(-1, 8)
+    error = weights.std(0) / np.sqrt(weights.shape[0] / 4)  # four draws of a row may share times
+    assert np.all(np.abs(weights.mean(0) - 1) < 4 * error) and np.all(error < 0.1)
+
+
+@pytest.mark.parametrize("masks", noise.MASKS)
+def test_subsets_of_one_size_are_equally_likely(many, masks):
+    inside = np.asarray(many[masks].masked[..., 6:11]).reshape(-1, 5)
+    pairs = inside[inside.sum(1) == 2] @ (1 << np.arange(5))
+    counts = np.bincount(pairs)[np.bincount(pairs) > 0]
+    assert counts.size == 10
+    chi2 = ((counts - counts.mean()) ** 2 / counts.mean()).sum()
+    assert chi2 < 27.9  # 0.1 % of a chi-squared with nine degrees of freedom
+
+
+def test_segments_draw_independently(many):
+    masked = np.asarray(many["exact"].masked)
+    first, second = masked[..., :5].sum(-1).ravel(), masked[..., 5:].sum(-1).ravel()
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.05
+
+
+def test_samples_of_one_time_share_the_count_and_not_the_mask(many):
+    masked = np.asarray(many["exact"].masked)  # draws (0, 1) are time 0, (2, 3) time 1
+    counts = masked[..., 5:].sum(-1)
+    np.testing.assert_array_equal(counts[0], counts[1])
+    assert (counts[0] != counts[2]).mean() > 0.5
+    assert (masked[0] != masked[1]).any(-1).mean() > 0.5
+
+
+def test_noise_depends_on_seed_stream_row_and_epoch_alone():
+    scheme = noise.Scheme(n_t=4)
+
+    def of(seed, stream, rows, epochs):
+        keys = noise.row_keys(noise.stream_key(seed, stream), jnp.array(rows), jnp.array(epochs))
+        return np.asarray(draw(keys, scheme).masked)
+
+    both = of(0, "policy", [5, 9], [0, 1])
+    np.testing.assert_array_equal(both[:, 1], of(0, "policy", [9], [1])[:, 0])
+    for other in (of(1, "policy", [5], [0]), of(0, "reference", [5], [0]), of(0, "policy", [5], [1])):
+        assert (other[:, 0] != both[:, 0]).any()
+    # More draws leave the earlier ones as they were.
+    keys = noise.row_keys(noise.stream_key(0, "policy"), jnp.array([5, 9]), jnp.array([0, 1]))
+    np.testing.assert_array_equal(draw(keys, noise.Scheme(n_t=6)).masked[:4], both)
+
+
+def test_one_token_responses_are_always_masked_with_weight_one():
+    drawn = noise.draw_rows(
+        jax.random.split(jax.random.key(0), 50),
+        jnp.tile(jnp.array([False, True]), (50, 1)),
+        jnp.ones((50, 2), int),
+        num_segments=1,
+        scheme=noise.Scheme(n_t=3),
+    )
+    assert drawn.masked[..., 1].all()
+    np.testing.assert_array_equal(drawn.weights[..., 1], 1.0)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"times": "idd"}, "times='idd' is not one of"),
+        ({"masks": "exactly"}, "masks='exactly' is not one of"),
+        ({"n_t": 0}, "at least 1"),
+        ({"eps": 0.1}, "unless masks='bernoulli'"),
+    ],
+)
+def test_bad_settings_are_one_line(change, message):
+    with pytest.raises(ValueError, match=message):
+        noise.Scheme(**change)
