@@ -60,7 +60,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.optimizer = ml_collections.ConfigDict()
     c.optimizer.peak = 1e-3  # learning rate after warm-up
     c.optimizer.warmup_steps = 100
-    c.optimizer.end_fraction = 0.0  # of the peak, at the last step (cosine)
+    c.optimizer.schedule = "cosine"  # after warm-up; or "constant", down in the last tenth of the steps
+    c.optimizer.end_fraction = 0.0  # of the peak, at the last step
     c.optimizer.b1 = 0.9
     c.optimizer.b2 = 0.95
     c.optimizer.eps = 1e-8

@@ -177,15 +177,19 @@ def _load(path: epath.Path, abstract, only: tuple[str, ...]):
         abstract = _nested({name: jax.ShapeDtypeStruct(shape, dtype) for name, (dtype, shape, _) in saved.items()})
     _check_fits(path, saved, abstract, types_matter=not only)
     wanted = jax.tree_util.tree_map_with_path(lambda keys, leaf: _placed(leaf, saved[_name(keys)][0]), abstract)
-    context = ocp.Context()
+    context, host = ocp.Context(), jax.process_index()
     context.pytree.loading.partial_load = bool(only)
+    # A host reads only its own shards, so one may fail where others do not; the others would wait for it in Orbax's
+    # barriers. So each loads as if alone, and then they agree: all take this step, or all fall back.
+    context.multiprocessing.active_processes = {host}
+    context.multiprocessing.primary_host = host
+    context.multiprocessing.barrier_sync_key_prefix = f"host{host}"
     tree, failure = None, ""
     try:
         with context:
             tree = ocp.load_checkpointables(path, {_ITEM: wanted})[_ITEM]
     except Exception as error:  # Orbax raises whatever the layer below did, often as a KeyError about its handlers
         failure = f"files are missing or cut short ({_cause_of_damage(error)})"
-    # A host reads only its own shards, so one may fail where others do not; all must fall back together.
     if not np.all(multihost_utils.process_allgather(np.asarray(not failure))):
         raise _Damaged(failure or "another host cannot read its shards")
     found = _describe(tree)

@@ -53,7 +53,8 @@ def preference_loss(
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margins": score,
-        "rewards/accuracies": (score > 0).astype(score.dtype),
+        # A tie, as of a policy that is still its reference, is a coin's half.
+        "rewards/accuracies": (jnp.sign(score) + 1) / 2,
     }
     return loss, metrics
 

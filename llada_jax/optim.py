@@ -3,15 +3,32 @@
 import jax
 import optax
 
+SCHEDULES = ("cosine", "constant")
 
-def make_schedule(*, peak: float, warmup_steps: int, num_steps: int, end_fraction: float = 0.0) -> optax.Schedule:
-    """Linear warm-up from 0 to `peak` in `warmup_steps`, then cosine to `end_fraction * peak` at `num_steps`.
 
-    Raises ValueError where the warm-up does not fit.
+def make_schedule(
+    *, peak: float, warmup_steps: int, num_steps: int, end_fraction: float = 0.0, kind: str = "cosine"
+) -> optax.Schedule:
+    """Linear warm-up from 0 to `peak` in `warmup_steps`, then down to `end_fraction * peak` at `num_steps`.
+
+    "cosine" goes down at once (LLaDA 1.5); "constant" stays at the peak and goes down linearly in the last tenth of the
+    steps (LLaDA's SFT). Raises ValueError where the warm-up does not fit.
     """
+    if kind not in SCHEDULES:
+        raise ValueError(f"schedule={kind!r} is not one of {', '.join(SCHEDULES)}")
     if not 0 <= warmup_steps < num_steps:
         raise ValueError(f"warmup_steps={warmup_steps} must be at least 0 and below the {num_steps} steps of the run")
-    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, num_steps, end_fraction * peak)
+    if kind == "cosine":
+        return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, num_steps, end_fraction * peak)
+    decay_steps = min(max(num_steps // 10, 1), num_steps - warmup_steps)
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, peak, warmup_steps),
+            optax.constant_schedule(peak),
+            optax.linear_schedule(peak, end_fraction * peak, decay_steps),
+        ],
+        [warmup_steps, num_steps - decay_steps],
+    )
 
 
 def decay_mask(params):

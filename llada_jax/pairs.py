@@ -9,11 +9,8 @@ the source's own, with all its fields, and its prompt as `prompt`. The output is
 import argparse
 import collections
 import gzip
-import importlib
 import itertools
 import json
-import math
-import numbers
 import sys
 from collections.abc import Callable, Sequence
 
@@ -21,32 +18,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from llada_jax import data, metrics, sampling
-
-
-def load_scorer(spec: str) -> Callable:
-    """The function that "module:function" names; ValueError if there is none."""
-    module, _, name = spec.partition(":")
-    if not module or not name:
-        raise ValueError(f"scorer {spec!r} is not of the form module:function, as llada_jax.sudoku:score")
-    try:
-        scorer = getattr(importlib.import_module(module), name, None)
-    except ImportError as e:
-        raise ValueError(f"scorer {spec!r}: {e}; it must be importable from here") from e
-    if not callable(scorer):
-        raise ValueError(f"scorer {spec!r}: the module {module} has no function {name}")
-    return scorer
-
-
-def score_response(scorer: Callable, where: str, record: dict, response: str) -> float:
-    """The scorer's finite number, or one ValueError that names the record."""
-    try:
-        value = scorer(record, response)
-    except Exception as e:  # whatever a user's function raises
-        raise ValueError(f"{where}: the scorer raised {type(e).__name__}: {e} (response {response[:80]!r})") from e
-    if not isinstance(value, numbers.Real | np.bool_) or not math.isfinite(value):
-        raise ValueError(f"{where}: the scorer returned {value!r}, not a finite number (response {response[:80]!r})")
-    return float(value)
+from llada_jax import data, evaluate, metrics, sampling
+from llada_jax.records import read_records
 
 
 def choose_pairs(scores: dict[str, float], count: int, rng: np.random.Generator) -> list[tuple[str, str]]:
@@ -58,7 +31,7 @@ def choose_pairs(scores: dict[str, float], count: int, rng: np.random.Generator)
 def make_pairs(
     logits_fn: Callable,
     tokenizer,
-    records: Sequence[tuple[str, dict, object]],
+    records: Sequence[tuple[str, dict, dict]],
     scorer: Callable,
     *,
     template: str,
@@ -73,7 +46,7 @@ def make_pairs(
     progress: Callable[[int, int], object] | None = None,
     **settings,
 ) -> tuple[list[dict], dict[str, float | int]]:
-    """(pairs, counts) from `samples` responses to each of the records (where, record, prompt).
+    """(pairs, counts) from `samples` responses to each prompt of `records.read_records`.
 
     A pair is {prompt, chosen, rejected, chosen_score, rejected_score}, chosen scoring higher. Responses are texts up
     to EOS or EoT; equal ones are scored once, and empty ones, which no preference data may hold, only count in the
@@ -86,8 +59,8 @@ def make_pairs(
     if not records:
         raise ValueError("there are no prompts; give a source that has some")
     prompts = []
-    for where, _, prompt in records:
-        ids = data.encode_prompt(tokenizer, prompt, template)
+    for where, _, normal in records:
+        ids = data.encode_prompt(tokenizer, normal["prompt"], template)
         if max_length is not None and len(ids) + gen_length > max_length:
             raise ValueError(
                 f"{where}: a prompt of {len(ids)} tokens and gen_length={gen_length} exceed the model's {max_length}; "
@@ -107,17 +80,17 @@ def make_pairs(
     ).reshape(len(records), samples, gen_length)
 
     pairs, totals, empty, without = [], [], 0, 0
-    for i, (where, record, prompt) in enumerate(records):
+    for i, (where, raw, normal) in enumerate(records):
         texts = collections.Counter(tokenizer.decode(sampling.trim(row, eos_id, eot_id)) for row in tokens[i])
-        record = {**record, "prompt": prompt}
-        scores = {text: score_response(scorer, where, record, text) for text in texts}
+        record = {**raw, **normal}
+        scores = {text: evaluate.score_response(scorer, where, record, text) for text in texts}
         totals += [scores[text] for text in texts.elements()]
         usable = {text: score for text, score in scores.items() if text.strip()}
         empty += sum(n for text, n in texts.items() if text not in usable)
         chosen = choose_pairs(usable, pairs_per_prompt, np.random.default_rng((seed, i)))
         without += not chosen
         pairs += [
-            {"prompt": prompt, "chosen": w, "rejected": l, "chosen_score": scores[w], "rejected_score": scores[l]}
+            {**normal, "chosen": w, "rejected": l, "chosen_score": scores[w], "rejected_score": scores[l]}
             for w, l in chosen
         ]
     return pairs, {
@@ -134,7 +107,7 @@ def write_jsonl(path: str, records: Sequence[dict]) -> None:
     """Writes JSON lines, compressed if the name ends in .gz; the file appears complete or not at all."""
     out = epath.Path(path).expanduser()
     out.parent.mkdir(parents=True, exist_ok=True)
-    content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+    content = "".join(json.dumps(record) + "\n" for record in records).encode()
     partial = out.with_name(out.name + ".partial")
     partial.write_bytes(gzip.compress(content, mtime=0) if out.suffix == ".gz" else content)
     partial.replace(out)
@@ -144,9 +117,8 @@ def run(args: argparse.Namespace) -> str:
     """Does what the flags say and returns the summary."""
     if args.temperature == 0 and args.remasking == "low_confidence":
         raise ValueError("--temperature=0 gives every sample of a prompt the same response; raise it")
-    scorer = load_scorer(args.scorer)
-    found = itertools.islice(data.read_records(args.prompts, "prompt"), args.limit or None)
-    records = [(where, raw, normal["prompt"]) for where, raw, normal in found]
+    scorer = evaluate.load_scorer(args.scorer)
+    records = list(itertools.islice(read_records(args.prompts, "prompt"), args.limit or None))
     if not records:
         raise ValueError(f"--prompts={args.prompts} holds no records")
     logits_fn, config, tokenizer = sampling.open_model(args.model, args.dtype)

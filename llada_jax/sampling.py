@@ -94,7 +94,9 @@ def generate(
     has the whole prompt masked, in one batch of 2B. logits_eos_inf forbids EOS. confidence_eos_eot_inf takes the
     confidence of EOS and EoT away, of both at any temperature (the published code spares EOS at T > 0).
 
-    Compiled once for each (shapes, settings, logits_fn). ValueError for what cannot be, before compiling.
+    Equal confidences fall as in torch on a CPU (but to the first position where k > 1 tokens of a row of 64 k or more
+    are committed at once). Compiled once for each (shapes, settings, logits_fn). ValueError for what cannot be, before
+    compiling.
     Source: generate.py of LLaDA, spec/llada.md "Generation".
     """
     settings = _Settings(
@@ -146,7 +148,7 @@ def _generate(logits_fn, prompts: Int[Array, "b p"], attention_mask, key, s: _Se
         noise_key, order_key = (None, None) if key is None else jax.random.split(jax.random.fold_in(key, i))
 
         if s.logits_eos_inf:
-            logits = logits.at[..., s.eos_id].set(-jnp.inf)
+            logits = _forbid(logits, s.eos_id)
         noisy = logits
         if s.temperature > 0:
             noisy = logits + s.temperature * jax.random.gumbel(noise_key, logits.shape, jnp.float32)
@@ -158,10 +160,10 @@ def _generate(logits_fn, prompts: Int[Array, "b p"], attention_mask, key, s: _Se
             if s.confidence_eos_eot_inf:
                 # As published: out of the softmax, so that the other tokens share their probability.
                 for end_id in {s.eos_id, s.eot_id} - {None}:
-                    logits = logits.at[..., end_id].set(-jnp.inf)
-            exponentials = jnp.exp(logits - jnp.max(logits, -1, keepdims=True))
-            chosen = jnp.take_along_axis(exponentials, candidates[..., None], -1)[..., 0]
-            confidence = chosen / jnp.sum(exponentials, -1)
+                    logits = _forbid(logits, end_id)
+            peak = jnp.max(logits, -1)
+            candidate_logits = jnp.take_along_axis(logits, candidates[..., None], -1)[..., 0]
+            confidence = jnp.exp(candidate_logits - peak) / jnp.sum(jnp.exp(logits - peak[..., None]), -1)
 
         # A mask of the prompt counts from the first block on, as published. A predicted mask token stays a mask.
         within = jnp.arange(length) < start + (block + 1) * s.block_length
@@ -170,6 +172,10 @@ def _generate(logits_fn, prompts: Int[Array, "b p"], attention_mask, key, s: _Se
         return jnp.where(chosen, candidates, tokens)
 
     return jax.lax.fori_loop(0, blocks * block_steps, commit, tokens)
+
+
+def _forbid(logits, token_id: int):
+    return jnp.where(jnp.arange(logits.shape[-1]) == token_id, -jnp.inf, logits)  # fuses, unlike an indexed update
 
 
 def _most_confident(confidence: Float[Array, "b l"], k, most: int) -> Bool[Array, "b l"]:

@@ -194,7 +194,7 @@ class _HuggingFace:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
 
-# ---- reading text files (data.py uses these two as well)
+# ---- reading text files (records.py uses these two as well)
 
 
 def expand(pattern: str) -> list[epath.Path]:

@@ -21,10 +21,11 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from llada_jax import checkpoint, convert, data, evaluate, metrics, noise, optim, reference, state, steps
+from llada_jax import attention, checkpoint, convert, data, evaluate, metrics, noise, optim, reference, state, steps
 from llada_jax import mesh as mesh_lib
 from llada_jax import model as model_lib
 from llada_jax import tokenizer as tokenizer_lib
+from llada_jax.records import read_records
 
 KIND = {"pretrain": "text", "sft": "sft", "vrpo": "preference"}
 STOPPED = 143  # exit status after SIGTERM or SIGINT, the state being saved
@@ -55,7 +56,11 @@ class Plan:
     def schedule(self):
         o = self.config.optimizer
         return optim.make_schedule(
-            peak=o.peak, warmup_steps=o.warmup_steps, num_steps=self.num_steps, end_fraction=o.end_fraction
+            peak=o.peak,
+            warmup_steps=o.warmup_steps,
+            num_steps=self.num_steps,
+            end_fraction=o.end_fraction,
+            kind=o.schedule,
         )
 
     @functools.cached_property
@@ -84,8 +89,8 @@ def make_plan(config, workdir: epath.PathLike, *, dry_run: bool = False) -> Plan
                 f"{mesh_lib.row_shards(mesh)} shards, optimizer.accumulate={c.optimizer.accumulate}"
             )
     settings = _settings(c)
-    model = _model(c, mesh)
-    tokenizer = _tokenizer(c, model.config)
+    tokenizer = _tokenizer(c)
+    model = _model(c, mesh, tokenizer)
     rows = heldout = prompts = None
     if c.data.train and tokenizer:
         rows, heldout = _rows(c, tokenizer, workdir)
@@ -93,7 +98,7 @@ def make_plan(config, workdir: epath.PathLike, *, dry_run: bool = False) -> Plan
         raise ValueError("data.train is not set: pass --config.data.train=jsonl:FILE (or tfds:, python:)")
     if c.solve.prompts:
         evaluate.load_scorer(c.solve.scorer)
-        prompts = list(itertools.islice(data.read_records(c.solve.prompts, "prompt"), c.solve.limit or None))
+        prompts = list(itertools.islice(read_records(c.solve.prompts, "prompt"), c.solve.limit or None))
     num_steps = c.num_steps
     if not num_steps and rows is not None:
         num_steps = c.epochs * len(rows) // c.data.batch_rows
@@ -112,6 +117,8 @@ def _check_choices(c):
         ("objective", c.objective, tuple(KIND)),
         ("vrpo.reference", c.vrpo.reference, ("model", "cached")),
         ("model.remat", c.model.remat, tuple(model_lib.REMAT)),
+        ("model.attention", c.model.attention, attention.IMPLEMENTATIONS),
+        ("optimizer.schedule", c.optimizer.schedule, optim.SCHEDULES),
     ):
         if value not in known:
             raise ValueError(f"config.{name}={value!r} is not one of {', '.join(known)}")
@@ -141,7 +148,7 @@ def _settings(c) -> steps.Preference | steps.Denoising:
     return steps.Denoising(scheme, d.crop_probability, d.mc_chunk, c.seed)
 
 
-def _model(c, mesh: Mesh) -> model_lib.LLaDA:
+def _model(c, mesh: Mesh, tokenizer: tokenizer_lib.Tokenizer | None) -> model_lib.LLaDA:
     arch = c.model.arch.to_dict()
     if c.init_from:
         config = convert.read_config(c.init_from)
@@ -150,9 +157,22 @@ def _model(c, mesh: Mesh) -> model_lib.LLaDA:
         if wrong:
             raise ValueError(f"init_from={c.init_from} is another architecture: {'; '.join(wrong)}")
     elif arch:
+        if tokenizer:  # a new model takes from its tokenizer what model.arch leaves open
+            ends = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
+            arch = {"vocab_size": tokenizer.vocab_size, "mask_token_id": tokenizer.mask_id, **ends} | arch
         config = model_lib.ModelConfig.from_dict(arch, source="config.model.arch")
     else:
         raise ValueError("neither init_from nor model.arch is set: there is no model to train")
+    if tokenizer and tokenizer.vocab_size > config.embedding_size:
+        raise ValueError(
+            f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model {config.embedding_size} embeddings: "
+            "they do not belong together, change data.tokenizer"
+        )
+    if tokenizer and tokenizer.mask_id != config.mask_token_id:
+        raise ValueError(
+            f"the tokenizer's mask id {tokenizer.mask_id} is not the model's mask_token_id={config.mask_token_id}: "
+            "change data.tokenizer"
+        )
     if c.data.row_length > config.max_sequence_length:
         raise ValueError(
             f"data.row_length={c.data.row_length} is beyond the model's max_sequence_length="
@@ -173,23 +193,13 @@ def _model(c, mesh: Mesh) -> model_lib.LLaDA:
     )
 
 
-def _tokenizer(c, config: model_lib.ModelConfig) -> tokenizer_lib.Tokenizer | None:
+def _tokenizer(c) -> tokenizer_lib.Tokenizer | None:
     path = c.data.tokenizer or (convert.model_folder(c.init_from) if c.init_from else "")
     if not path:
         if c.data.train:
             raise ValueError("data.tokenizer is not set: pass --config.data.tokenizer=FOLDER_OR_FILE")
         return None
-    tokenizer = tokenizer_lib.load(path)
-    if tokenizer.vocab_size > config.embedding_size:
-        raise ValueError(
-            f"tokenizer {path} has ids up to {tokenizer.vocab_size - 1}, the model {config.embedding_size} rows: "
-            "they do not belong together"
-        )
-    if tokenizer.mask_id != config.mask_token_id:
-        raise ValueError(
-            f"mask id {tokenizer.mask_id} of tokenizer {path} is not the model's mask_token_id={config.mask_token_id}"
-        )
-    return tokenizer
+    return tokenizer_lib.load(path)
 
 
 def _rows(c, tokenizer, workdir: epath.Path) -> tuple[data.Rows, data.Rows | None]:

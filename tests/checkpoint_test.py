@@ -1,7 +1,9 @@
 """Checkpoints: exact on any mesh, verified, falling back past damage but not past another model."""
 
+import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 from typing import Any
@@ -118,17 +120,18 @@ def test_fingerprint_does_not_depend_on_placement():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float8_e4m3fn, jnp.int32, jnp.int8, jnp.bool_])
 def test_fingerprint_sees_every_change(dtype):
     values = jnp.asarray(np.random.default_rng(0).integers(0, 2, (4, 6)), dtype)
-    values = values.at[0, :2].set(jnp.asarray([0, 1], dtype))
+    values = values.at[:2, :2].set(jnp.asarray([[0, 1], [0, 1]], dtype))
     tree = {"a": values, "b": values.T.reshape(4, 6)}
     changed = [
         {"a": values.at[0, 0].set(jnp.asarray(1, dtype)), "b": tree["b"]},
-        {"a": values.at[0, :2].set(values[0, 1::-1]), "b": tree["b"]},  # two elements swapped
+        {"a": values.at[0, :2].set(values[0, 1::-1]), "b": tree["b"]},  # two elements of a row swapped
+        {"a": values.at[:2, :2].set(values[:2, :2].T), "b": tree["b"]},  # two elements swapped across the diagonal
         {"a": tree["b"], "b": tree["a"]},
         {"a": tree["a"].reshape(6, 4), "b": tree["b"]},
         {"a": tree["a"], "c": tree["b"]},
         {"a": tree["a"].astype(jnp.float16), "b": tree["b"]},
     ]
-    assert len({checkpoint.fingerprint(t) for t in [tree, *changed]}) == 7
+    assert len({checkpoint.fingerprint(t) for t in [tree, *changed]}) == 8
     if dtype == jnp.float32:  # minus zero and the quiet bit of a nan are bits like any other
         assert checkpoint.fingerprint({"a": jnp.zeros(3)}) != checkpoint.fingerprint({"a": -jnp.zeros(3)})
 
@@ -260,3 +263,51 @@ def test_restore_params_of_a_workdir_or_a_step(tmp_path, monkeypatch):
     for path in ("nowhere", "checkpoints/9", "checkpoints"):
         with pytest.raises(FileNotFoundError, match=f"{path} holds no checkpoint; give a workdir"):
             checkpoint.restore_params(path)
+
+
+def test_hosts_fall_back_together(tmp_path):
+    code = """if True:
+        import sys
+        import jax, numpy as np
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
+        from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+        sys.path.insert(0, sys.argv[1])
+        from tests.checkpoint_test import checkpoint, make_state
+        sharding = NamedSharding(Mesh(np.array(jax.devices()), ("fsdp",)), P("fsdp"))
+        wanted = {"params": make_state().opt_state}
+        wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), wanted)
+        with checkpoint.Checkpoints(sys.argv[4]) as checkpoints:
+            found = checkpoints.restore(wanted)
+            for step in (1, 2) if found is None else ():
+                whole = make_state(step).opt_state
+                parts = jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), whole)
+                checkpoints.save(step, {"params": parts}, {"next_index": step})
+        if found:
+            same = checkpoint.fingerprint(found[0]) == checkpoint.fingerprint({"params": make_state(1).opt_state})
+            print("restored", found[1], same)
+    """
+    root = str(pathlib.Path(__file__).resolve().parent.parent)
+
+    def run_two():
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        commands = [[sys.executable, "-c", code, root, address, str(host), str(tmp_path)] for host in (0, 1)]
+        environment = {**os.environ, "XLA_FLAGS": ""}  # one device a host
+        hosts = [
+            subprocess.Popen(c, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            for c in commands
+        ]
+        try:
+            outputs = [host.communicate(timeout=100) for host in hosts]
+        finally:
+            for host in hosts:
+                host.kill()  # a host that waits for the other in a barrier ignores SIGTERM
+        assert [host.returncode for host in hosts] == [0, 0], outputs
+        return [out for out, _ in outputs]
+
+    run_two()
+    path, _ = file_with(tmp_path / "2", make_state(2).opt_state[0]["nu"][256:])  # the second host's shard
+    path.write_bytes(path.read_bytes()[:5000])
+    assert all("restored {'next_index': 1} True" in out for out in run_two())

@@ -202,6 +202,13 @@ def test_text_that_encodes_to_the_mask_is_bad(tok, write, tmp_path, monkeypatch)
         data.prepare(source, "sft", tok, row_length=64, cache_dir=tmp_path)
 
 
+@pytest.mark.parametrize("ids, reason", [([], "it has no tokens"), ([9], "chosen and rejected are the same tokens")])
+def test_what_a_tokenizer_leaves_of_a_record(ids, reason, tok, write, prepare, monkeypatch):
+    monkeypatch.setattr(tok, "encode", lambda text: ids)
+    with pytest.raises(ValueError, match=rf"jsonl:1: {reason}"):
+        prepare(write([{"prompt": "q", "chosen": "a", "rejected": "b"}]), "preference")
+
+
 # ---- packing
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llada_jax import convert, data, pairs, sampling, sudoku, tokenizer
+from llada_jax import convert, evaluate, pairs, records, sampling, sudoku, tokenizer
 from llada_jax.model import LLaDA, ModelConfig
 
 DIGITS, EOS, MASK, BOS = 10, 10, 11, 12  # ids 0 to 9 are the digits
@@ -37,7 +37,7 @@ SETTINGS = dict(mask_id=MASK, pad_id=EOS, eos_id=EOS, steps=4, gen_length=4, blo
 
 def make(scorer, records=None, **changes):
     if records is None:
-        records = [(f"file:{i}", {"prompt": f"1{i}", "answer": i}, f"1{i}") for i in range(6)]
+        records = [(f"file:{i}", {"question": f"1{i}", "answer": i}, {"prompt": f"1{i}"}) for i in range(6)]
     arguments = dict(template="plain", samples=8, batch_size=10, seed=0, **SETTINGS)
     return pairs.make_pairs(random_digits, DigitTokenizer(), records, scorer, **{**arguments, **changes})
 
@@ -66,11 +66,12 @@ def test_pairs_hold_winner_and_loser_of_one_prompt():
 
 
 def test_counts_agree_with_the_samples():
-    # Truth: the same prompts sampled directly, scored by hand.
+    # Truth: the same prompts sampled directly, scored by hand. Responses of one token: many are equal.
     prompts = [[BOS, 1, i] for i in range(6) for _ in range(8)]
-    tokens = sampling.sample_responses(random_digits, prompts, batch_size=10, key=jax.random.key(0), **SETTINGS)
+    settings = {**SETTINGS, **dict(gen_length=1, block_length=1, steps=1)}
+    tokens = sampling.sample_responses(random_digits, prompts, batch_size=10, key=jax.random.key(0), **settings)
     texts = ["".join(map(str, sampling.trim(row, EOS))) for row in tokens]
-    found, counts = make(digit_sum)
+    found, counts = make(digit_sum, **settings)
     assert counts["mean_score"] == pytest.approx(np.mean([digit_sum({}, t) for t in texts]))
     assert counts["empty"] == sum(not t for t in texts) > 0  # the seed gives some
     assert counts["pairs"] == len(found) == 6 and counts["without_contrast"] == 0
@@ -112,7 +113,7 @@ def test_a_bad_scorer_is_named_with_its_record(scorer, message):
 
 @pytest.mark.parametrize("value", [True, 1, np.float32(0.5), np.bool_(True), 0.25])
 def test_numbers_are_scores(value):
-    assert pairs.score_response(lambda record, response: value, "x", {}, "") == float(value)
+    assert evaluate.score_response(lambda record, response: value, "x", {}, "") == float(value)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +141,7 @@ def test_bad_arguments_are_named(changes, message):
 )
 def test_bad_scorer_names(spec, message):
     with pytest.raises(ValueError, match=message):
-        pairs.load_scorer(spec)
+        evaluate.load_scorer(spec)
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +191,7 @@ def test_cli_writes_a_preference_source(model_folder, tmp_path, capsys):
         found = [json.loads(line) for line in lines]
     assert found and {pair["prompt"] for pair in found} <= {r["prompt"] for r in sudoku.records(5, seed=1)}
     assert all(len(pair["chosen"]) == pair["chosen_score"] > pair["rejected_score"] for pair in found)
-    read = data.read_records(f"jsonl:{tmp_path / 'new' / 'pairs.jsonl.gz'}", "preference")
+    read = records.read_records(f"jsonl:{tmp_path / 'new' / 'pairs.jsonl.gz'}", "preference")
     assert [normal["chosen"] for _, _, normal in read] == [pair["chosen"] for pair in found]
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["pairs.jsonl.gz"]
 

@@ -245,7 +245,7 @@ def test_eos_and_eot_lose_their_confidence_at_any_temperature():
     logits = (
         jnp.full((6, V), -3.0)
         .at[jnp.arange(6), jnp.array([EOS, EOT, 9, EOS, EOT, 10])]
-        .set(jnp.array([40.0, 30.0, 1.0, 20.0, 10.0, 0.5]))
+        .set(jnp.array([9.0, 7.0, 1.0, 6.0, 5.0, 0.5]))
     )
     for temperature, distrust, first in ((0.0, False, EOS), (0.0, True, 9), (0.3, True, 9)):
         firsts = []
