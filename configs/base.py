@@ -80,7 +80,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     c.eval = ml_collections.ConfigDict()
     c.eval.every = 0  # steps; 0: at the start and the end only
-    c.eval.batch_rows = 0  # 0: as in training
+    c.eval.batch_rows = 0  # 0: as many as go through the model together in training
     c.eval.n_t = 0  # draws for held-out sft and pretrain; 0: 8
     c.eval.seconds_between_lines = 10.0  # progress, where there is no terminal
 
@@ -92,4 +92,4 @@ def get_config() -> ml_collections.ConfigDict:
     c.solve.steps = 128
     c.solve.block_length = 32
     c.solve.batch_size = 50
-    return c
+    return c.lock()  # so that a misspelt key in a config that starts from here is an error

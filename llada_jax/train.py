@@ -27,7 +27,13 @@ from llada_jax import model as model_lib
 from llada_jax import tokenizer as tokenizer_lib
 from llada_jax.records import read_records
 
+# What two models must share for one to be the reference of the other.
+ARCHITECTURE = (
+    "d_model n_heads n_kv_heads n_layers mlp_hidden_size vocab_size embedding_size weight_tying rope_theta "
+    "rms_norm_eps mask_token_id"
+).split()
 KIND = {"pretrain": "text", "sft": "sft", "vrpo": "preference"}
+DTYPES = ("float32", "bfloat16", "float16")
 STOPPED = 143  # exit status after SIGTERM or SIGINT, the state being saved
 
 
@@ -51,6 +57,11 @@ class Plan:
         """Segments in a row: even for pairs, the same for training and held-out rows."""
         most = max(rows.num_segments for rows in (self.rows, self.heldout) if rows is not None)
         return most + most % 2 if self.config.objective == "vrpo" else most
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows that go through the model together in training, and so may without a gradient."""
+        return self.config.data.batch_rows // self.config.optimizer.accumulate
 
     @functools.cached_property
     def schedule(self):
@@ -78,7 +89,7 @@ def make_plan(config, workdir: epath.PathLike, *, dry_run: bool = False) -> Plan
     """
     c = config
     workdir = epath.Path(workdir).expanduser()
-    _check_choices(c)
+    _check_choices(c, dry_run)
     mesh = mesh_lib.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
     parts = mesh_lib.row_shards(mesh) * c.optimizer.accumulate
     for name, batch_rows in (("data.batch_rows", c.data.batch_rows), ("eval.batch_rows", c.eval.batch_rows)):
@@ -97,8 +108,7 @@ def make_plan(config, workdir: epath.PathLike, *, dry_run: bool = False) -> Plan
     elif not dry_run:
         raise ValueError("data.train is not set: pass --config.data.train=jsonl:FILE (or tfds:, python:)")
     if c.solve.prompts:
-        evaluate.load_scorer(c.solve.scorer)
-        prompts = list(itertools.islice(read_records(c.solve.prompts, "prompt"), c.solve.limit or None))
+        prompts = _prompts(c, tokenizer, model.config)
     num_steps = c.num_steps
     if not num_steps and rows is not None:
         num_steps = c.epochs * len(rows) // c.data.batch_rows
@@ -112,13 +122,16 @@ def make_plan(config, workdir: epath.PathLike, *, dry_run: bool = False) -> Plan
     return plan
 
 
-def _check_choices(c):
+def _check_choices(c, dry_run: bool):
     for name, value, known in (
         ("objective", c.objective, tuple(KIND)),
         ("vrpo.reference", c.vrpo.reference, ("model", "cached")),
         ("model.remat", c.model.remat, tuple(model_lib.REMAT)),
         ("model.attention", c.model.attention, attention.IMPLEMENTATIONS),
         ("optimizer.schedule", c.optimizer.schedule, optim.SCHEDULES),
+        ("model.dtype", c.model.dtype, DTYPES),
+        ("model.param_dtype", c.model.param_dtype, DTYPES),
+        ("vrpo.reference_dtype", c.vrpo.reference_dtype, ("", *DTYPES)),
     ):
         if value not in known:
             raise ValueError(f"config.{name}={value!r} is not one of {', '.join(known)}")
@@ -132,7 +145,7 @@ def _check_choices(c):
     ):
         if value < least:
             raise ValueError(f"config.{name}={value} must be at least {least}")
-    if c.objective == "vrpo" and not (c.init_from or c.model.arch):
+    if c.objective == "vrpo" and not c.init_from and not (dry_run and c.model.arch):
         raise ValueError("init_from is not set: VRPO starts from a trained model, pass --config.init_from=DIR")
 
 
@@ -144,6 +157,10 @@ def _settings(c) -> steps.Preference | steps.Denoising:
             v.beta, v.kind, v.label_smoothing, v.sft_weight, v.share_noise, scheme, v.mc_chunk, c.seed
         )
     d = c.denoising
+    if d.mc_chunk < 0 or (d.mc_chunk and d.n_t % d.mc_chunk):
+        raise ValueError(f"denoising.mc_chunk={d.mc_chunk} does not divide denoising.n_t={d.n_t}: choose a divisor")
+    if not 0 <= d.crop_probability <= 1:
+        raise ValueError(f"denoising.crop_probability={d.crop_probability} is no probability: at least 0, at most 1")
     scheme = noise.Scheme(d.n_t, masks=d.masks, eps=d.eps if d.masks == "bernoulli" else 0.0)
     return steps.Denoising(scheme, d.crop_probability, d.mc_chunk, c.seed)
 
@@ -152,10 +169,7 @@ def _model(c, mesh: Mesh, tokenizer: tokenizer_lib.Tokenizer | None) -> model_li
     arch = c.model.arch.to_dict()
     if c.init_from:
         config = convert.read_config(c.init_from)
-        wrong = [f"{k}: {v!r} in model.arch, {getattr(config, k, None)!r} there" for k, v in arch.items()
-                 if getattr(config, k, v) != v]  # fmt: skip
-        if wrong:
-            raise ValueError(f"init_from={c.init_from} is another architecture: {'; '.join(wrong)}")
+        _check_same("init_from", c.init_from, config, arch, "in model.arch")
     elif arch:
         if tokenizer:  # a new model takes from its tokenizer what model.arch leaves open
             ends = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
@@ -163,6 +177,13 @@ def _model(c, mesh: Mesh, tokenizer: tokenizer_lib.Tokenizer | None) -> model_li
         config = model_lib.ModelConfig.from_dict(arch, source="config.model.arch")
     else:
         raise ValueError("neither init_from nor model.arch is set: there is no model to train")
+    unknown = arch.keys() - config.to_dict().keys() - {"mlp_ratio", "multi_query_attention"}
+    if unknown:
+        raise ValueError(f"config.model.arch has {', '.join(sorted(unknown))}, no key of a config.json: remove it")
+    if c.objective == "vrpo" and c.vrpo.reference_from:
+        other = convert.read_config(c.vrpo.reference_from)
+        values = {k: getattr(config, k) for k in ARCHITECTURE}
+        _check_same("vrpo.reference_from", c.vrpo.reference_from, other, values, "in the policy")
     if tokenizer and tokenizer.vocab_size > config.embedding_size:
         raise ValueError(
             f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model {config.embedding_size} embeddings: "
@@ -193,6 +214,13 @@ def _model(c, mesh: Mesh, tokenizer: tokenizer_lib.Tokenizer | None) -> model_li
     )
 
 
+def _check_same(name: str, path: str, config: model_lib.ModelConfig, values: dict, where: str):
+    there = {k: getattr(config, k, v) for k, v in values.items()}
+    wrong = [f"{k}: {v!r} {where}, {there[k]!r} there" for k, v in values.items() if there[k] != v]
+    if wrong:
+        raise ValueError(f"{name}={path} is another architecture: {'; '.join(wrong)}")
+
+
 def _tokenizer(c) -> tokenizer_lib.Tokenizer | None:
     path = c.data.tokenizer or (convert.model_folder(c.init_from) if c.init_from else "")
     if not path:
@@ -220,6 +248,21 @@ def _rows(c, tokenizer, workdir: epath.Path) -> tuple[data.Rows, data.Rows | Non
     if d.heldout:
         return rows, prepare(d.heldout)
     return rows, prepare(d.train, holdout=d.holdout, split="heldout", limit=d.limit) if d.holdout else None
+
+
+def _prompts(c, tokenizer, config: model_lib.ModelConfig) -> list:
+    evaluate.load_scorer(c.solve.scorer)
+    prompts = list(itertools.islice(read_records(c.solve.prompts, "prompt"), c.solve.limit or None))
+    if not prompts:
+        raise ValueError(f"solve.prompts={c.solve.prompts} holds no record; give one that does, or none")
+    for where, _, prompt in prompts if tokenizer else ():
+        length = len(data.encode_prompt(tokenizer, prompt["prompt"], c.data.template))
+        if length + c.solve.gen_length > config.max_sequence_length:
+            raise ValueError(
+                f"{where}: a prompt of {length} tokens and solve.gen_length={c.solve.gen_length} exceed the model's "
+                f"max_sequence_length={config.max_sequence_length}: lower it or leave the prompt out"
+            )
+    return prompts
 
 
 def describe(plan: Plan) -> str:
@@ -322,11 +365,12 @@ def _train(plan: Plan, saved: checkpoint.Checkpoints, stop: _Stop) -> int:
         if c.init_from:
             params = convert.load(c.init_from, c.model.param_dtype, shardings.params)[1]
         key = noise.stream_key(c.seed, "init")
-        current, history = state.init_state(plan.model, plan.tx, plan.mesh, key, params), []
+        current = state.init_state(plan.model, plan.tx, plan.mesh, key, params)
+        history, next_index = [], 0
         del params
     else:
         current, extra = restored
-        history = extra["evaluations"]
+        history, next_index = extra["evaluations"], extra["next_index"]
         if extra["rows"] != plan.rows.fingerprint:
             raise ValueError(
                 f"the packed data of {plan.workdir} were {extra['rows']}, now they are {plan.rows.fingerprint}: "
@@ -338,11 +382,11 @@ def _train(plan: Plan, saved: checkpoint.Checkpoints, stop: _Stop) -> int:
     policy_reference = _Reference(plan, shardings.params) if c.objective == "vrpo" else None
     update = _jit_update(plan, shardings)
     evaluations = _Evaluation(plan, policy_reference)
-    loader = data.loader(plan.rows, batch_rows=c.data.batch_rows, seed=c.seed, start=start * c.data.batch_rows)
+    loader = data.loader(plan.rows, batch_rows=c.data.batch_rows, seed=c.seed, start=next_index)
     show = ("loss", "rewards/accuracies", "rewards/margins") if c.objective == "vrpo" else ("loss",)
 
     def save(step):
-        extra = {"next_index": loader.next_index, "rows": plan.rows.fingerprint, "evaluations": history}
+        extra = {"next_index": loader.next_index, "rows": plan.rows.fingerprint, "evaluations": list(history)}
         writer.flush()
         saved.save(step, current, extra)
 
@@ -352,9 +396,19 @@ def _train(plan: Plan, saved: checkpoint.Checkpoints, stop: _Stop) -> int:
     ):
 
         def log(step, values, counts):
+            values = metrics.floats(values)
             rates = progress.update(step, values, **counts)
             # The rate that this update was computed with: optax counts from 0.
             writer.write(step, values | {"learning_rate": plan.schedule(step - 1)} | rates)
+            for name in ("loss", "grad_norm"):
+                if not math.isfinite(values[name]):
+                    raise FloatingPointError(
+                        f"the {name} at step {step} is {values[name]}: lower optimizer.peak or optimizer.clip_norm; "
+                        f"the checkpoints in {plan.workdir} are from before"
+                    )
+
+        def is_due(step):
+            return step in (0, plan.num_steps) or (c.eval.every > 0 and step % c.eval.every == 0)
 
         def run_evaluations(step):
             found = evaluations.run(current.params)
@@ -363,8 +417,9 @@ def _train(plan: Plan, saved: checkpoint.Checkpoints, stop: _Stop) -> int:
                 writer.write(step, {f"eval/{name}": value for name, value in found.items()})
                 print(f"evaluation at step {step}: {_shown(found)}", flush=True)
 
-        if start == 0 and not history:
-            run_evaluations(0)
+        # Unless it is in the history: a run that was stopped went without the evaluation of its last step.
+        if is_due(start) and (not history or history[-1]["step"] < start):
+            run_evaluations(start)
         pending = None
         for step in range(start + 1, plan.num_steps + 1):
             batch = next(loader)
@@ -377,21 +432,16 @@ def _train(plan: Plan, saved: checkpoint.Checkpoints, stop: _Stop) -> int:
             if pending:
                 log(*pending)
             pending = (step, values, counts)
-            due = c.eval.every and step % c.eval.every == 0
-            last = step == plan.num_steps
-            if due or last or stop.asked:
+            stopping = stop.asked  # read once: the signal may come between two lines
+            saving = step == plan.num_steps or stopping or step % c.checkpoint.every == 0
+            if is_due(step) or saving:  # what a checkpoint holds is logged and finite
                 log(*pending)
                 pending = None
-                if not math.isfinite(float(values["loss"])):
-                    raise FloatingPointError(
-                        f"the loss at step {step} is {float(values['loss'])}: lower optimizer.peak or set clip_norm; "
-                        f"the last checkpoint in {plan.workdir} is from before"
-                    )
-            if (due or last) and not stop.asked:
+            if is_due(step) and not stopping:
                 run_evaluations(step)
-            if last or stop.asked or step % c.checkpoint.every == 0:
+            if saving:
                 save(step)
-            if stop.asked and not last:
+            if stopping:
                 saved.wait()
                 print(f"stopped at step {step} of {plan.num_steps}; the same command continues", flush=True)
                 return STOPPED
@@ -444,7 +494,7 @@ class _Reference:
 
     def _fill(self, rows: data.Rows, epochs: int, identity: dict) -> reference.ReferenceCache:
         plan = self._plan
-        batch_rows = plan.config.data.batch_rows
+        batch_rows = plan.rows_at_once
         cache = reference.ReferenceCache(
             plan.workdir / "reference",
             identity | {"rows": rows.fingerprint},
@@ -491,7 +541,8 @@ class _Evaluation:
         if policy_reference is None:
             scheme = noise.Scheme(plan.config.eval.n_t or 8)
             self._metrics = jax.jit(
-                functools.partial(evaluate.denoising_metrics, scheme=scheme, seed=plan.config.seed, **kwargs)
+                # One draw at a time: the memory of training may be that of one.
+                functools.partial(evaluate.denoising_metrics, scheme=scheme, seed=plan.config.seed, chunk=1, **kwargs)
             )
         else:
             self._metrics = jax.jit(functools.partial(evaluate.preference_metrics, settings=plan.settings, **kwargs))
@@ -501,7 +552,7 @@ class _Evaluation:
         c = plan.config
         found = {}
         if plan.heldout is not None:
-            batch_rows = c.eval.batch_rows or c.data.batch_rows
+            batch_rows = c.eval.batch_rows or plan.rows_at_once
 
             def metrics_of(batch):
                 terms = () if self._reference is None else (self._reference.terms(batch),)
@@ -584,19 +635,34 @@ def _print_result(plan: Plan, history: list[dict]):
 def main(argv):
     if len(argv) > 1:
         sys.exit(f"error: unexpected argument {argv[1]!r}; settings are --config.name=value")
-    config = _CONFIG.value
-    config.lock()
     try:
+        config = _CONFIG.value
+        config.lock()
         plan = make_plan(config, _WORKDIR.value, dry_run=_DRY_RUN.value)
         print(describe(plan), flush=True)
         if _DRY_RUN.value:
             return
         status = train(plan)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        if os.environ.get("LLADA_JAX_TRACEBACK"):
-            raise
-        sys.exit(f"error: {error}")
+    except (ValueError, OSError, FloatingPointError) as error:
+        _fail(error)
     sys.exit(status)
+
+
+def _parse_flags(argv):
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError, TypeError, OSError) as error:  # as ml_collections takes a wrong key or file
+        _fail(error)
+
+
+def _fail(error: BaseException):
+    """Ends with the error in one line, or, under LLADA_JAX_TRACEBACK=1, with all of it."""
+    if os.environ.get("LLADA_JAX_TRACEBACK"):
+        raise error
+    while error.args and isinstance(error.args[0], BaseException):
+        error = error.args[0]
+    text = f"the config has no key {error.args[0]}" if isinstance(error, KeyError) else error
+    sys.exit(f"error: {' '.join(str(text).split())}")
 
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config().", lock_config=True)
@@ -606,4 +672,4 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Validate, print what would run, 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
     logging.set_verbosity(logging.WARNING)
-    app.run(main)
+    app.run(main, flags_parser=_parse_flags)

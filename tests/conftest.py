@@ -1,5 +1,6 @@
 """Eight CPU devices for every test, types checked at run time, and the optional shared files."""
 
+import json
 import os
 import pathlib
 
@@ -34,3 +35,15 @@ def shared():
 def golden(shared):
     """The authors' PyTorch outputs on a tiny checkpoint."""
     return shared / "golden" / "llada_mha"
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes records (or raw lines) as jsonl, returns the source."""
+
+    def write(records, name="data.jsonl", opener=open):
+        with opener(tmp_path / name, "wt") as f:
+            f.writelines((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records)
+        return f"jsonl:{tmp_path / name}"
+
+    return write

@@ -26,7 +26,7 @@ MAP = {
     "checkpoint": "",
     "convert": "model checkpoint",
     "sampling": "",
-    "evaluate": "batch noise losses metrics model steps data sampling",
+    "evaluate": "batch noise losses metrics model steps data records sampling",
     "reference": "batch",
     "train": "attention checkpoint convert data evaluate mesh metrics model noise optim records reference state steps "
     "tokenizer",

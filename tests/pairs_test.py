@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llada_jax import convert, evaluate, pairs, records, sampling, sudoku, tokenizer
+from llada_jax import convert, evaluate, pairs, sampling, sudoku, tokenizer
 from llada_jax.model import LLaDA, ModelConfig
+from llada_jax.records import read_records
 
 DIGITS, EOS, MASK, BOS = 10, 10, 11, 12  # ids 0 to 9 are the digits
 
@@ -191,7 +192,7 @@ def test_cli_writes_a_preference_source(model_folder, tmp_path, capsys):
         found = [json.loads(line) for line in lines]
     assert found and {pair["prompt"] for pair in found} <= {r["prompt"] for r in sudoku.records(5, seed=1)}
     assert all(len(pair["chosen"]) == pair["chosen_score"] > pair["rejected_score"] for pair in found)
-    read = records.read_records(f"jsonl:{tmp_path / 'new' / 'pairs.jsonl.gz'}", "preference")
+    read = read_records(f"jsonl:{tmp_path / 'new' / 'pairs.jsonl.gz'}", "preference")
     assert [normal["chosen"] for _, _, normal in read] == [pair["chosen"] for pair in found]
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["pairs.jsonl.gz"]
 

@@ -1,0 +1,520 @@
+"""The trainer end to end on eight devices: runs, resumes, refuses."""
+
+import gc
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+import llada_jax
+from configs import base, sft_8b, vrpo_8b
+from llada_jax import convert, metrics, steps, sudoku, train
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TOKENIZER = ROOT / "llada_jax" / "assets" / "sudoku" / "tokenizer.json"
+NUM_STEPS = 6
+RATES = {"tokens/s", "steps/s", "seconds_left"}
+SFT = {
+    "objective": "sft",
+    "num_steps": NUM_STEPS,
+    "model.arch": dict(
+        d_model=16, n_heads=2, n_layers=1, mlp_hidden_size=16, embedding_size=16, max_sequence_length=66
+    ),
+    "data.train": "python:llada_jax.sudoku:records?count=50",
+    "data.holdout": 0.2,
+    "data.tokenizer": str(TOKENIZER),
+    "data.template": "plain",
+    "data.append_eos": False,
+    "data.row_length": 33,
+    "data.batch_rows": 8,
+    "optimizer.warmup_steps": 1,
+    "checkpoint.every": 2,
+    "eval.every": 3,
+    "solve.prompts": "python:llada_jax.sudoku:records?count=4&split=heldout",
+    "solve.scorer": "llada_jax.sudoku:score",
+    "solve.gen_length": 16,
+    "solve.steps": 2,
+    "solve.block_length": 16,
+    "solve.batch_size": 4,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """One quick compilation for all runs of the same program, subprocesses included."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings} | {"jax_disable_most_optimizations": False}
+    settings["jax_disable_most_optimizations"] = True
+    compilation_cache.reset_cache()
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield {name.upper(): str(value) for name, value in settings.items()}
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def write_jsonl(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return f"jsonl:{path}"
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Sudoku pairs of many lengths (one to three a row of 66), as a source."""
+    records = []
+    for n, r in zip([16, 9, 5, 8] * 15, sudoku.records(60, seed=2), strict=True):
+        wrong = r["response"].translate(str.maketrans("1234", "2341"))
+        records.append({"prompt": r["prompt"][:n], "chosen": r["response"][:n], "rejected": wrong[: n - n % 2]})
+    return write_jsonl(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", records)
+
+
+@pytest.fixture(scope="module")
+def sft(tmp_path_factory):
+    """The workdir of a finished run."""
+    workdir = tmp_path_factory.mktemp("sft")
+    assert run(SFT, workdir) == 0
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def vrpo(sft, pairs):
+    """Changes of the config for VRPO from the workdir `sft`."""
+    return SFT | {
+        "objective": "vrpo",
+        "init_from": str(sft),
+        "model.arch": {},
+        "data.tokenizer": "",
+        "data.train": pairs,
+        "data.row_length": 66,
+        "vrpo.n_t": 2,
+        "solve.prompts": "",
+        "eval.every": 0,
+        "num_steps": 8,
+        "optimizer.peak": 5e-3,
+    }
+
+
+@pytest.fixture(scope="module")
+def vrpo_run(vrpo, tmp_path_factory):
+    """The workdir of a finished run of `vrpo`, and the models' worth of arrays in each of its updates."""
+    workdir = tmp_path_factory.mktemp("vrpo")
+    with pytest.MonkeyPatch.context() as patch:
+        copies = count_models(patch)
+        assert run(vrpo, workdir) == 0
+    return workdir, copies
+
+
+def config_of(changes):
+    config = base.get_config()
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def run(changes, workdir):
+    return train.train(train.make_plan(config_of(changes), workdir))
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_rates(workdir):
+    return [{k: v for k, v in line.items() if k != "seconds_left" and "/s" not in k[-2:]} for line in lines(workdir)]
+
+
+def steps_of(workdir):
+    return [line for line in lines(workdir) if "loss" in line]
+
+
+def assert_same_params(a, b):
+    (_, a), (_, b) = llada_jax.load(a), llada_jax.load(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def count_models(patch):
+    """A list that gets, at each update, how many more arrays of an embedding's shape are alive than now."""
+
+    def alive():
+        gc.collect()
+        return sum(x.shape == (16, 16) and x.dtype == np.float32 for x in jax.live_arrays())
+
+    before, found, jit_update = alive(), [], train._jit_update
+
+    def counting(*args):
+        update = jit_update(*args)
+
+        def counted(*args):
+            found.append(alive() - before)
+            return update(*args)
+
+        return counted
+
+    patch.setattr(train, "_jit_update", counting)
+    return found
+
+
+# ---- runs
+
+
+def test_sft_logs_and_evaluates(sft):
+    logged = steps_of(sft)
+    assert [line["step"] for line in logged] == list(range(1, NUM_STEPS + 1))
+    assert all({"loss", "grad_norm", "learning_rate"} <= line.keys() for line in logged)
+    assert all(RATES <= line.keys() for line in logged[1:])
+    assert logged[0]["learning_rate"] == 0 and logged[1]["learning_rate"] == pytest.approx(1e-3)
+    evaluated = [line for line in lines(sft) if "eval/elbo_per_token" in line]
+    assert [line["step"] for line in evaluated] == [0, 3, 6]
+    names = ("elbo_per_token", "solve/rate")
+    assert all(f"eval/{name}{end}" in line for line in evaluated for name in names for end in ("", "_stderr"))
+    assert evaluated[0]["eval/elbo_per_token"] == pytest.approx(-np.log(16), rel=0.05)
+    assert evaluated[-1]["eval/elbo_per_token"] > evaluated[0]["eval/elbo_per_token"]
+    assert sorted(path.name for path in (sft / "checkpoints").iterdir()) == ["2", "4", "6"]
+    assert any((sft / "tb").iterdir())
+
+
+def test_pretrain_runs(tmp_path):
+    records = [{"text": r["prompt"] + r["response"]} for r in sudoku.records(60)]
+    changes = SFT | {
+        "objective": "pretrain",
+        "data.train": write_jsonl(tmp_path / "text.jsonl", records),
+        "denoising.crop_probability": 0.5,
+        "solve.prompts": "",
+        "data.holdout": 0.0,
+        "num_steps": 3,
+    }
+    assert run(changes, tmp_path / "run") == 0
+    assert [line["step"] for line in steps_of(tmp_path / "run")] == [1, 2, 3]
+    assert RATES <= steps_of(tmp_path / "run")[-1].keys()
+
+
+def test_vrpo_logs_what_users_of_dpo_expect(vrpo_run):
+    workdir, _ = vrpo_run
+    first, *later = steps_of(workdir)
+    rewards = {f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")}
+    promised = rewards | {"loss", "loss/sft", "score/mc_stderr", "grad_norm", "learning_rate", "pairs"}
+    assert promised <= first.keys()
+    assert all(promised | RATES | {"pairs/s"} <= line.keys() for line in later)
+    # The policy is the reference yet, and shares its noise.
+    assert abs(first["rewards/margins"]) < 1e-4 and first["loss/preference"] == pytest.approx(np.log(2), abs=1e-4)
+    assert first["loss"] == pytest.approx(first["loss/preference"] + 0.05 * first["loss/sft"], rel=1e-5)
+    assert later[-1]["rewards/margins"] > 0.01 and later[-1]["score/mc_stderr"] > 0
+    before, after = [line for line in lines(workdir) if "eval/rewards/accuracies" in line]
+    assert (before["step"], after["step"]) == (0, 8)
+    assert before["eval/loss/preference"] == pytest.approx(np.log(2), abs=1e-4)
+    assert after["eval/loss/preference"] < before["eval/loss/preference"]
+    assert 0 <= after["eval/rewards/accuracies"] <= 1 and after["eval/rewards/accuracies_stderr"] >= 0
+
+
+def test_another_mesh_takes_the_same_steps(vrpo, vrpo_run, tmp_path):
+    changes = vrpo | {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "num_steps": 8}
+    assert run(changes, tmp_path) == 0
+    for here, there in zip(steps_of(tmp_path), steps_of(vrpo_run[0]), strict=True):
+        assert here["loss"] == pytest.approx(there["loss"], rel=1e-4), here["step"]
+
+
+def test_a_cached_reference_takes_the_same_steps(vrpo, vrpo_run, tmp_path, monkeypatch):
+    cached = vrpo | {"vrpo.reference": "cached"}
+    with monkeypatch.context() as patch:
+        copies = count_models(patch)
+        stop_after(patch, 3)
+        assert run(cached, tmp_path) == train.STOPPED
+    monkeypatch.setattr(steps, "reference_terms", None)  # nothing is computed again
+    assert run(cached, tmp_path) == 0
+    for here, there in zip(without_rates(tmp_path), without_rates(vrpo_run[0]), strict=True):
+        assert here == pytest.approx(there, rel=1e-3, abs=1e-4), here["step"]
+    # Embedding and head, each with its two moments; and once more those of the reference.
+    assert set(copies) == {6} and set(vrpo_run[1]) == {8}
+
+
+# ---- stopping
+
+
+def stop_after(patch, step):
+    """SIGTERM when the metrics of a step are written."""
+    write = metrics.Writer.write
+
+    def writing(self, at, values):
+        write(self, at, values)
+        if at == step and "loss" in values:
+            signal.raise_signal(signal.SIGTERM)
+
+    patch.setattr(metrics.Writer, "write", writing)
+
+
+class Killed(BaseException):
+    pass
+
+
+def die_after_saving(patch, step):
+    save = train.checkpoint.Checkpoints.save
+
+    def saving(self, at, *args):
+        save(self, at, *args)
+        if at == step:
+            self.wait()
+            raise Killed
+
+    patch.setattr(train.checkpoint.Checkpoints, "save", saving)
+
+
+@pytest.mark.parametrize("step", [2, 5])
+def test_sigterm_saves_and_the_same_command_continues(sft, tmp_path, monkeypatch, step, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        stop_after(patch, step)
+        assert run(SFT, tmp_path) == train.STOPPED == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    stopped_at = steps_of(tmp_path)[-1]["step"]
+    assert stopped_at in (step, step + 1)  # the metrics of a step are written while the next one runs
+    assert f"stopped at step {stopped_at} of {NUM_STEPS}" in capsys.readouterr().out
+    assert run(SFT, tmp_path) == 0
+    assert f"continuing from step {stopped_at} of {NUM_STEPS}" in capsys.readouterr().out
+    assert without_rates(tmp_path) == without_rates(sft)  # to the last bit, the evaluations too
+    assert_same_params(tmp_path, sft)
+
+
+def test_killed_right_after_a_save(sft, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        die_after_saving(patch, 4)
+        with pytest.raises(Killed):
+            run(SFT, tmp_path)
+    assert run(SFT, tmp_path) == 0
+    assert without_rates(tmp_path) == without_rates(sft)
+    assert_same_params(tmp_path, sft)
+
+
+def test_a_finished_run_only_prints_its_result(sft, monkeypatch, capsys):
+    before = (sft / "metrics.jsonl").read_text()
+    monkeypatch.setattr(train, "_jit_update", lambda *args: None)
+    assert run(SFT, sft) == 0
+    printed = capsys.readouterr().out
+    assert f"done: {NUM_STEPS} steps" in printed and "share of the errors removed" in printed
+    assert (sft / "metrics.jsonl").read_text() == before
+
+
+def test_a_resumed_run_goes_on_where_the_data_stood(sft, monkeypatch):
+    started = []
+    monkeypatch.setattr(train.data, "loader", lambda *args, start=0, **kwargs: started.append(start))
+    monkeypatch.setattr(train, "_print_result", lambda *args: None)
+    assert run(SFT | {"data.batch_rows": 16}, sft) == 0
+    assert started == [NUM_STEPS * 8]
+
+
+def test_other_data_cannot_continue_a_run(sft, monkeypatch):
+    monkeypatch.setattr(train, "_jit_update", None)  # an error before that
+    with pytest.raises(ValueError, match="the packed data of .* were .*, now they are .*--workdir") as e:
+        run(SFT | {"data.train": "python:llada_jax.sudoku:records?count=51"}, sft)
+    assert "\n" not in str(e.value)
+    with pytest.raises(ValueError, match=r"another model or optimiser: .*\[1, .*\] there, .*\[2, .*\] here") as e:
+        run(SFT | {"model.arch": SFT["model.arch"] | {"n_layers": 2}}, sft)
+    assert "\n" not in str(e.value)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    changes = SFT | {"optimizer.peak": 1e38, "optimizer.warmup_steps": 0, "checkpoint.every": 1}
+    changes |= {"solve.prompts": "", "data.holdout": 0.0}
+    with pytest.raises(FloatingPointError, match="at step 2 is nan: lower optimizer.peak") as e:
+        run(changes, tmp_path)
+    assert "\n" not in str(e.value)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+    assert steps_of(tmp_path)[-1]["step"] == 2
+
+
+# ---- the command line
+
+
+def command(config, workdir, *more):
+    return [sys.executable, "-m", "llada_jax.train", f"--config={config}", f"--workdir={workdir}", *more]
+
+
+@pytest.mark.parametrize(
+    "config, more, message",
+    [
+        ("configs/vrpo_8b.py", ["--config.data.tran=x"], 'no key .tran. Did you mean "train"'),
+        ("configs/none.py", [], "No such file or directory: .configs/none.py"),
+        ("configs/sft_sudoku.py", ["--config.init_from=nowhere"], "nowhere does not exist"),
+        ("configs/sft_sudoku.py", ["--config.optimizer.peak=high"], "could not convert string to float: 'high'"),
+    ],
+)
+def test_cli_errors_are_one_line(tmp_path, config, more, message):
+    done = subprocess.run(command(config, tmp_path, *more), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    said = [line for line in done.stderr.splitlines() if line and "helpfull" not in line]
+    assert len(said) == 1 and done.stdout == ""
+    assert re.search(message, said[0])
+
+
+@pytest.mark.slow
+def test_a_killed_process_continues_to_the_last_bit(vrpo, tmp_path, compiled_once):
+    changes = vrpo | {"num_steps": 60, "checkpoint.every": 4, "eval.every": 25, "vrpo.reference": "cached"}
+    config = tmp_path / "config.py"
+    config.write_text(
+        "from configs import base\ndef get_config():\n"
+        f"    c = base.get_config()\n    c.update_from_flattened_dict({changes!r})\n    return c\n"
+    )
+    environment = os.environ | compiled_once
+
+    def start():
+        return subprocess.Popen(
+            command(config, tmp_path / "killed"), cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+        )
+
+    for number, after in ((signal.SIGTERM, 9), (signal.SIGKILL, 26)):
+        process = start()
+        until = time.monotonic() + 120
+        while not ((tmp_path / "killed/metrics.jsonl").exists() and lines(tmp_path / "killed")[-1]["step"] >= after):
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.01)
+        process.send_signal(number)
+        said, _ = process.communicate(timeout=60)
+        if number == signal.SIGTERM:
+            assert process.returncode == 143 and "stopped at step" in said
+        else:
+            assert process.returncode == -signal.SIGKILL
+    process = start()
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "continuing from step" in said and "done: 60 steps" in said
+    assert run(changes, tmp_path / "whole") == 0
+    assert without_rates(tmp_path / "killed") == without_rates(tmp_path / "whole")
+    assert_same_params(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "config, printed",
+    [
+        (vrpo_8b, ["8,015,581,184", "objective       vrpo on 8 x cpu", "5,468, each 16 rows x 4096", "8 draws", "GiB"]),
+        (sft_8b, ["8,015,581,184", "objective       sft", "each 256 rows", "FLOPs a step", "data.train is not set"]),
+    ],
+)
+def test_dry_run_of_the_recipes_makes_no_array(config, printed, tmp_path):
+    gc.collect()
+    before = len(jax.live_arrays())
+    plan = train.make_plan(config.get_config(), tmp_path / "run", dry_run=True)
+    description = train.describe(plan)
+    assert all(text in description for text in printed), description
+    assert len(jax.live_arrays()) <= before and not (tmp_path / "run").exists()
+
+
+def test_dry_run_with_data_counts_it(tmp_path):
+    description = train.describe(train.make_plan(config_of(SFT), tmp_path, dry_run=True))
+    assert "train rows" in description and "held-out rows" in description
+    assert f"steps           {NUM_STEPS}, each 8 rows x 33 = 264 positions" in description
+    per_epoch = train.make_plan(config_of(SFT | {"num_steps": 0, "epochs": 3}), tmp_path)
+    assert per_epoch.num_steps == 3 * len(per_epoch.rows) // 8
+
+
+# ---- bad input
+
+
+def bad_json(tmp_path):
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "1", "response": "2"}\n{"prompt": "1", "resp\n')
+    return {"data.train": f"jsonl:{tmp_path / 'broken.jsonl'}", "data.holdout": 0.0}
+
+
+def empty_file(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    return {"data.train": f"jsonl:{tmp_path / 'empty.jsonl'}"}
+
+
+def empty_prompts(tmp_path):
+    return {"solve.prompts": empty_file(tmp_path)["data.train"]}
+
+
+def larger_vocabulary(tmp_path):
+    content = json.loads(TOKENIZER.read_text())
+    content["model"]["vocab"] |= {f"<{i}>": i for i in range(len(content["model"]["vocab"]), 20)}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    return {"data.tokenizer": str(tmp_path)} | arch(vocab_size=12)
+
+
+def arch(**values):
+    return {"model.arch": SFT["model.arch"] | values}
+
+
+BAD_SFT = [
+    ({"init_from": "/nowhere/model"}, "/nowhere/model does not exist"),
+    ({"data.train": ""}, "data.train is not set: pass --config.data.train="),
+    ({"data.train": "jsonl:/nowhere.jsonl"}, "no file matches '/nowhere.jsonl'"),
+    ({"data.train": "/nowhere.jsonl"}, "write jsonl:PATH"),
+    ({"data.tokenizer": ""}, "data.tokenizer is not set"),
+    ({"data.tokenizer": "/nowhere"}, "tokenizer /nowhere does not exist"),
+    ({"data.batch_rows": 12}, "data.batch_rows=12 is not a positive multiple of 8"),
+    ({"data.batch_rows": 0}, "data.batch_rows=0 is not a positive multiple of 8"),
+    ({"optimizer.accumulate": 2}, "data.batch_rows=8 is not a positive multiple of 16.*accumulate=2"),
+    ({"eval.batch_rows": 4}, "eval.batch_rows=4 is not a positive multiple of 8"),
+    ({"data.batch_rows": 64, "num_steps": 0}, "fill no batch of data.batch_rows=64"),
+    ({"data.row_length": 67}, "data.row_length=67 is beyond the model's max_sequence_length=66"),
+    ({"data.row_length": 20}, "gives no sample .*raise row_length"),
+    ({"objective": "dpo"}, "config.objective='dpo' is not one of pretrain, sft, vrpo"),
+    ({"model.dtype": "float"}, "config.model.dtype='float' is not one of float32, bfloat16"),
+    ({"model.remat": "all"}, "config.model.remat='all'"),
+    ({"model.attention": "flash"}, "config.model.attention='flash'"),
+    ({"optimizer.schedule": "linear"}, "config.optimizer.schedule='linear'"),
+    ({"checkpoint.every": 0}, "config.checkpoint.every=0 must be at least 1"),
+    ({"optimizer.warmup_steps": 9}, "warmup_steps=9 must be at least 0 and below the 6 steps"),
+    ({"denoising.mc_chunk": 3}, "denoising.mc_chunk=3 does not divide denoising.n_t=1"),
+    ({"denoising.crop_probability": 1.5}, "denoising.crop_probability=1.5"),
+    ({"mesh.data": 3}, "data=3, fsdp=1, tensor=1 do not fit 8 devices"),
+    ({"mesh.data": 2, "mesh.tensor": 4}, "n_heads=2 cannot be split over a mesh axis of 4"),
+    ({"model.arch": {}}, "neither init_from nor model.arch is set"),
+    (arch(n_kv_head=1), "config.model.arch has n_kv_head, no key of a config.json"),
+    (arch(activation_type="gelu"), "config.model.arch: the model cannot honour .*activation_type='gelu'"),
+    (arch(mask_token_id=9), "mask id 10 is not the model's mask_token_id=9"),
+    (larger_vocabulary, "the tokenizer has ids up to 19, the model 16 embeddings"),
+    (empty_file, "empty.jsonl holds no record"),
+    (bad_json, r"broken.jsonl:2: no JSON \(.*\); repair it"),
+    (empty_prompts, "solve.prompts=.*empty.jsonl holds no record"),
+    ({"solve.gen_length": 64}, "a prompt of 17 tokens and solve.gen_length=64 exceed the model's max_.*=66"),
+    ({"solve.scorer": "llada_jax.sudoku:none"}, "has no function none"),
+]
+BAD_VRPO = [
+    ({"init_from": "", "data.tokenizer": str(TOKENIZER), **arch()}, "init_from is not set: VRPO starts from"),
+    ({"model.arch": {"n_layers": 2}}, "is another architecture: n_layers: 2 in model.arch, 1 there"),
+    ({"vrpo.reference_from": "/nowhere"}, "/nowhere does not exist"),
+    ({"vrpo.reference_from": "another"}, "is another architecture: n_layers: 1 in the policy, 2 there"),
+    ({"vrpo.reference_dtype": "fp8"}, "config.vrpo.reference_dtype='fp8'"),
+    ({"vrpo.reference": "none"}, "config.vrpo.reference='none' is not one of model, cached"),
+    ({"vrpo.kind": "kto"}, "kind='kto' is not one of sigmoid, ipo, hinge, robust"),
+    ({"vrpo.mc_chunk": 3}, "mc_chunk=3 does not divide n_t x n_yt = 2"),
+    ({"vrpo.beta": 0.0}, "beta=0.0 must be above 0"),
+    ({"data.row_length": 16}, "gives no sample .*too_long_dropped .*raise row_length or set data.too_long"),
+]
+
+
+def check_refused(changes, workdir, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as e:
+        train.make_plan(config_of(changes), workdir)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("change, message", BAD_SFT, ids=[message[:40] for _, message in BAD_SFT])
+def test_bad_input_is_one_line(tmp_path, change, message):
+    check_refused(SFT | (change(tmp_path) if callable(change) else change), tmp_path / "run", message)
+
+
+@pytest.mark.parametrize("change, message", BAD_VRPO, ids=[message[:40] for _, message in BAD_VRPO])
+def test_bad_input_of_vrpo_is_one_line(vrpo, sft, tmp_path, change, message):
+    if change.get("vrpo.reference_from") == "another":
+        config = convert.read_config(sft).to_dict() | {"n_layers": 2}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        change = {"vrpo.reference_from": str(tmp_path)}
+    check_refused(vrpo | change, tmp_path / "run", message)
+
+
+def test_a_misspelt_key_in_a_config_file_is_an_error():
+    with pytest.raises(AttributeError, match='Did you mean "train" instead of "trian"'):
+        base.get_config().data.trian = "jsonl:x"
