@@ -17,6 +17,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.param_dtype = "float32"
     c.model.remat = "none"  # "none", "dots" or "full": what a layer keeps for its backward pass
     c.model.attention = "auto"
+    c.model.unroll = 1  # layers compiled one by one: all of a small model's run faster, one compiles the quickest
     c.model.logps_chunk = 512  # positions of a row whose logits are held at a time
 
     c.data = ml_collections.ConfigDict()

@@ -30,6 +30,7 @@ def get_config(size: str = "medium"):
     c.optimizer.end_fraction = 0.1
     c.checkpoint.every = 200
     if size == "small":
+        c.model.unroll = 6
         c.data.limit = 740  # records: the stories and some forty books
         c.data.holdout = 0.01
         c.data.batch_rows = 16

@@ -25,10 +25,12 @@ def get_config():
         vocab_size=12,
         embedding_size=16,
         max_sequence_length=128,
+        rope_theta=100.0,  # rows of 33 tokens: wavelengths from 6 to 350 tell their places apart
         mask_token_id=10,
         eos_token_id=6,
         pad_token_id=6,
     )
+    c.model.unroll = 4
     c.data.train = "python:llada_jax.sudoku:records?count=40000&seed=0"
     c.data.tokenizer = str(SUDOKU / "tokenizer.json")
     c.data.template = "plain"

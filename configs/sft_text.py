@@ -22,6 +22,7 @@ def get_config(size: str = "medium"):
     c.optimizer.weight_decay = 0.1
     c.checkpoint.every = 100
     if size == "small":
+        c.model.unroll = 6
         c.data.batch_rows = 8
         c.num_steps = 200
         c.optimizer.peak = 1e-3

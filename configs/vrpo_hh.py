@@ -15,6 +15,7 @@ def get_config():
     c = base.get_config()
     c.objective = "vrpo"
     c.init_from = "runs/sft_text"
+    c.model.unroll = 6
     c.data.row_length = 512
     c.data.batch_rows = 8
     c.data.holdout = 0.1

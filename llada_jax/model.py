@@ -150,7 +150,8 @@ class Linear(nn.Module):
         self.kernel = self.param("kernel", init, (self.inputs, self.outputs), self.param_dtype)
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        return x @ self.kernel.astype(self.dtype)
+        # One product over all positions: for the gradient of a batched one XLA's CPU backend transposes far more.
+        return (x.reshape(-1, self.inputs) @ self.kernel.astype(self.dtype)).reshape(*x.shape[:-1], self.outputs)
 
 
 def rotate(x: Float[Array, "*b l h d"], positions: Int[Array, "*b l"], theta: float) -> Float[Array, "*b l h d"]:
@@ -210,7 +211,8 @@ class LLaDA(nn.Module):
     """A bidirectional transformer that predicts every token of a partly masked text (spec: Model).
 
     `dtype` is the type of activations, `param_dtype` that of new parameters; `remat` one of `REMAT`;
-    `logps_chunk` the positions of a row whose logits are held at a time by `token_logps`.
+    `logps_chunk` the positions of a row whose logits are held at a time by `token_logps`; `unroll` how many layers are
+    compiled one by one in the loop over layers (all of a small model's: faster; 1: the quickest to compile).
     """
 
     config: ModelConfig
@@ -219,6 +221,7 @@ class LLaDA(nn.Module):
     remat: str = "none"
     attention: str = "auto"
     logps_chunk: int = 512
+    unroll: int = 1
 
     def setup(self):
         cfg = self.config
@@ -241,6 +244,7 @@ class LLaDA(nn.Module):
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=cfg.n_layers,
+            unroll=self.unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(cfg, self.dtype, self.param_dtype, self.attention)
         self.ln_f = RMSNorm(cfg.rms_norm_eps, self.dtype, self.param_dtype)

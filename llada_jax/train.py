@@ -140,6 +140,7 @@ def _check_choices(c, dry_run: bool):
         ("epochs", c.epochs, 1),
         ("optimizer.accumulate", c.optimizer.accumulate, 1),
         ("model.logps_chunk", c.model.logps_chunk, 1),
+        ("model.unroll", c.model.unroll, 1),
         ("checkpoint.every", c.checkpoint.every, 1),
         ("eval.every", c.eval.every, 0),
     ):
@@ -211,6 +212,7 @@ def _model(c, mesh: Mesh, tokenizer: tokenizer_lib.Tokenizer | None) -> model_li
         c.model.remat,
         c.model.attention,
         c.model.logps_chunk,
+        c.model.unroll,
     )
 
 

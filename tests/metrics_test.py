@@ -1,6 +1,7 @@
 """Means against NumPy, metrics files across a crash, and progress whose rates compilation does not distort."""
 
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -95,3 +96,17 @@ def test_progress_is_a_bar_on_a_terminal(capsys, monkeypatch):
     progress.close()
     out, err = capsys.readouterr()
     assert out == "" and "60%" in err and "step 6/10  loss 0.5" in err
+
+
+def test_curves_of_runs_are_plotted(tmp_path, capsys):
+    for name, offset in (("a", 0.0), ("b", 0.5)):
+        with metrics.Writer(tmp_path / name) as writer:
+            writer.write(1, {"eval/x": 1.0 + offset, "eval/x_stderr": 0.1, "loss": math.nan})
+            writer.write(3, {"eval/x": 2.0 + offset})
+    assert metrics.read(tmp_path / "b", "eval/x")[:2] == ([1, 3], [1.5, 2.5])
+    out = tmp_path / "curve.png"
+    metrics.main([f"a={tmp_path / 'a'}", f"b={tmp_path / 'b'}", "--metric=eval/x", f"--out={out}"])
+    assert out.read_bytes().startswith(b"\x89PNG")
+    for run, metric, message in ((tmp_path / "a", "loss", "has no 'loss'"), (tmp_path / "c", "x", "does not exist")):
+        with pytest.raises(SystemExit, match=message):
+            metrics.main([f"a={run}", f"--metric={metric}", f"--out={out}"])

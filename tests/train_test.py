@@ -1,5 +1,6 @@
 """The trainer end to end on eight devices: runs, resumes, refuses."""
 
+import dataclasses
 import gc
 import json
 import os
@@ -103,7 +104,7 @@ def vrpo(sft, pairs):
         "vrpo.n_t": 2,
         "solve.prompts": "",
         "eval.every": 0,
-        "num_steps": 8,
+        "checkpoint.every": 4,
         "optimizer.peak": 5e-3,
     }
 
@@ -129,7 +130,7 @@ def run(changes, workdir):
 
 
 def lines(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines(True) if line[-1] == "\n"]
 
 
 def without_rates(workdir):
@@ -147,9 +148,9 @@ def assert_same_params(a, b):
 
 def count_models(patch):
     """A list that gets, at each update, how many more arrays of an embedding's shape are alive than now."""
+    gc.collect()
 
     def alive():
-        gc.collect()
         return sum(x.shape == (16, 16) and x.dtype == np.float32 for x in jax.live_arrays())
 
     before, found, jit_update = alive(), [], train._jit_update
@@ -213,15 +214,16 @@ def test_vrpo_logs_what_users_of_dpo_expect(vrpo_run):
     assert first["loss"] == pytest.approx(first["loss/preference"] + 0.05 * first["loss/sft"], rel=1e-5)
     assert later[-1]["rewards/margins"] > 0.01 and later[-1]["score/mc_stderr"] > 0
     before, after = [line for line in lines(workdir) if "eval/rewards/accuracies" in line]
-    assert (before["step"], after["step"]) == (0, 8)
+    assert (before["step"], after["step"]) == (0, NUM_STEPS)
     assert before["eval/loss/preference"] == pytest.approx(np.log(2), abs=1e-4)
     assert after["eval/loss/preference"] < before["eval/loss/preference"]
     assert 0 <= after["eval/rewards/accuracies"] <= 1 and after["eval/rewards/accuracies_stderr"] >= 0
 
 
 def test_another_mesh_takes_the_same_steps(vrpo, vrpo_run, tmp_path):
-    changes = vrpo | {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "num_steps": 8}
-    assert run(changes, tmp_path) == 0
+    changes = vrpo | {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
+    plan = train.make_plan(config_of(changes), tmp_path)
+    assert train.train(dataclasses.replace(plan, heldout=None)) == 0
     for here, there in zip(steps_of(tmp_path), steps_of(vrpo_run[0]), strict=True):
         assert here["loss"] == pytest.approx(there["loss"], rel=1e-4), here["step"]
 
@@ -232,12 +234,14 @@ def test_a_cached_reference_takes_the_same_steps(vrpo, vrpo_run, tmp_path, monke
         copies = count_models(patch)
         stop_after(patch, 3)
         assert run(cached, tmp_path) == train.STOPPED
-    monkeypatch.setattr(steps, "reference_terms", None)  # nothing is computed again
+    monkeypatch.setattr(steps, "reference_terms", lambda: None)  # nothing is computed again
     assert run(cached, tmp_path) == 0
     for here, there in zip(without_rates(tmp_path), without_rates(vrpo_run[0]), strict=True):
-        assert here == pytest.approx(there, rel=1e-3, abs=1e-4), here["step"]
-    # Embedding and head, each with its two moments; and once more those of the reference.
-    assert set(copies) == {6} and set(vrpo_run[1]) == {8}
+        if here.get("loss/preference") == pytest.approx(np.log(2), abs=1e-6):
+            del here["rewards/accuracies"], there["rewards/accuracies"]  # rounding decides: policy and reference agree
+        assert here == pytest.approx(there, rel=1e-4, abs=1e-5), here["step"]
+    # Embedding and head, each with its two moments, and once more those of the reference; saving adds some for a while.
+    assert min(copies) == 6 and min(vrpo_run[1]) == 8
 
 
 # ---- stopping
@@ -271,29 +275,24 @@ def die_after_saving(patch, step):
     patch.setattr(train.checkpoint.Checkpoints, "save", saving)
 
 
-@pytest.mark.parametrize("step", [2, 5])
-def test_sigterm_saves_and_the_same_command_continues(sft, tmp_path, monkeypatch, step, capsys):
-    before = signal.getsignal(signal.SIGTERM)
-    with monkeypatch.context() as patch:
-        stop_after(patch, step)
-        assert run(SFT, tmp_path) == train.STOPPED == 143
-    assert signal.getsignal(signal.SIGTERM) is before
-    stopped_at = steps_of(tmp_path)[-1]["step"]
-    assert stopped_at in (step, step + 1)  # the metrics of a step are written while the next one runs
-    assert f"stopped at step {stopped_at} of {NUM_STEPS}" in capsys.readouterr().out
+def test_a_run_that_is_stopped_in_every_way_takes_the_same_steps(sft, tmp_path, monkeypatch, capsys):
+    handler = signal.getsignal(signal.SIGTERM)
+    # A signal during step 3, where an evaluation is due; a death between two steps; a signal during the last step.
+    for stop, after, at in ((stop_after, 2, 3), (die_after_saving, 4, 4), (stop_after, 5, NUM_STEPS)):
+        with monkeypatch.context() as patch:
+            stop(patch, after)
+            if stop is stop_after:
+                assert run(SFT, tmp_path) == train.STOPPED == 143
+                assert f"stopped at step {at} of {NUM_STEPS}" in capsys.readouterr().out
+            else:
+                with pytest.raises(Killed):
+                    run(SFT, tmp_path)
+        assert (tmp_path / "checkpoints" / str(at)).is_dir()
+        assert signal.getsignal(signal.SIGTERM) is handler
     assert run(SFT, tmp_path) == 0
-    assert f"continuing from step {stopped_at} of {NUM_STEPS}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"continuing from step {NUM_STEPS} of {NUM_STEPS}" in printed and f"step {NUM_STEPS}\n" in printed
     assert without_rates(tmp_path) == without_rates(sft)  # to the last bit, the evaluations too
-    assert_same_params(tmp_path, sft)
-
-
-def test_killed_right_after_a_save(sft, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        die_after_saving(patch, 4)
-        with pytest.raises(Killed):
-            run(SFT, tmp_path)
-    assert run(SFT, tmp_path) == 0
-    assert without_rates(tmp_path) == without_rates(sft)
     assert_same_params(tmp_path, sft)
 
 
@@ -324,14 +323,19 @@ def test_other_data_cannot_continue_a_run(sft, monkeypatch):
     assert "\n" not in str(e.value)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
-    changes = SFT | {"optimizer.peak": 1e38, "optimizer.warmup_steps": 0, "checkpoint.every": 1}
-    changes |= {"solve.prompts": "", "data.holdout": 0.0}
-    with pytest.raises(FloatingPointError, match="at step 2 is nan: lower optimizer.peak") as e:
+@pytest.mark.parametrize("name, value", [("loss", np.nan), ("loss", np.inf), ("grad_norm", np.nan)])
+def test_what_is_not_finite_ends_the_run(tmp_path, monkeypatch, name, value):
+    def update(current, batch):
+        values = {"loss": 1.0, "grad_norm": 1.0} | ({name: value} if current.step == 3 else {})
+        return current.replace(step=current.step + 1), values
+
+    monkeypatch.setattr(train, "_jit_update", lambda *args: update)
+    changes = SFT | {"solve.prompts": "", "data.holdout": 0.0}
+    with pytest.raises(FloatingPointError, match=f"the {name} at step 4 is {value}: lower optimizer.peak") as e:
         run(changes, tmp_path)
     assert "\n" not in str(e.value)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
-    assert steps_of(tmp_path)[-1]["step"] == 2
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
+    assert steps_of(tmp_path)[-1]["step"] == 4
 
 
 # ---- the command line
@@ -360,7 +364,7 @@ def test_cli_errors_are_one_line(tmp_path, config, more, message):
 
 @pytest.mark.slow
 def test_a_killed_process_continues_to_the_last_bit(vrpo, tmp_path, compiled_once):
-    changes = vrpo | {"num_steps": 60, "checkpoint.every": 4, "eval.every": 25, "vrpo.reference": "cached"}
+    changes = vrpo | {"num_steps": 40, "checkpoint.every": 5, "eval.every": 15, "vrpo.reference": "cached"}
     config = tmp_path / "config.py"
     config.write_text(
         "from configs import base\ndef get_config():\n"
@@ -373,12 +377,12 @@ def test_a_killed_process_continues_to_the_last_bit(vrpo, tmp_path, compiled_onc
             command(config, tmp_path / "killed"), cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
         )
 
-    for number, after in ((signal.SIGTERM, 9), (signal.SIGKILL, 26)):
+    for number, after in ((signal.SIGTERM, 8), (signal.SIGKILL, 20)):
         process = start()
         until = time.monotonic() + 120
-        while not ((tmp_path / "killed/metrics.jsonl").exists() and lines(tmp_path / "killed")[-1]["step"] >= after):
+        while not (tmp_path / "killed/metrics.jsonl").exists() or len(lines(tmp_path / "killed")) < after:
             assert process.poll() is None and time.monotonic() < until
-            time.sleep(0.01)
+            time.sleep(0.02)
         process.send_signal(number)
         said, _ = process.communicate(timeout=60)
         if number == signal.SIGTERM:
@@ -387,7 +391,7 @@ def test_a_killed_process_continues_to_the_last_bit(vrpo, tmp_path, compiled_onc
             assert process.returncode == -signal.SIGKILL
     process = start()
     said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0 and "continuing from step" in said and "done: 60 steps" in said
+    assert process.returncode == 0 and "continuing from step" in said and "done: 40 steps" in said
     assert run(changes, tmp_path / "whole") == 0
     assert without_rates(tmp_path / "killed") == without_rates(tmp_path / "whole")
     assert_same_params(tmp_path / "killed", tmp_path / "whole")

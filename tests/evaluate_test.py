@@ -1,0 +1,169 @@
+"""Held-out evaluation against numpy, exact enumeration and toy models. Scorers: pairs_test.py."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llada_jax import elbo, evaluate, noise, steps, tokenizer
+from llada_jax.batch import Batch
+from llada_jax.metrics import Mean
+from llada_jax.model import LLaDA, ModelConfig
+
+MASK = 7
+MODEL = LLaDA(ModelConfig(d_model=16, n_heads=2, n_layers=1, vocab_size=8, mask_token_id=MASK, init_std=0.3))
+# (prompt, response) of each segment of each row.
+LAYOUT = [[(2, 3), (1, 4)], [(3, 2), (2, 5)], []]
+
+
+@pytest.fixture(scope="module")
+def params():
+    return nn.unbox(jax.jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"])
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Two rows of two segments, and one of padding."""
+    rng = np.random.default_rng(0)
+    tokens, segments, positions, response = (np.zeros((3, 12), np.int32) for _ in range(4))
+    for row, samples in enumerate(LAYOUT):
+        start = 0
+        for number, (prompt, answer) in enumerate(samples, 1):
+            size = prompt + answer
+            here = np.s_[row, start : start + size]
+            tokens[here], segments[here], positions[here] = rng.integers(0, MASK, size), number, np.arange(size)
+            response[row, start + prompt : start + size] = 1
+            start += size
+    rows = np.array([0, 1, -1], np.int32)
+    return jax.tree.map(jnp.asarray, Batch(tokens, segments, positions, response > 0, rows, np.zeros(3, np.int32)))
+
+
+def test_batches_merge_as_numpy_says(batch):
+    rng = np.random.default_rng(0)
+    values, kept = rng.normal(5, 2, (4, 10)), rng.random((4, 10)) < 0.7
+    kept[2] = False  # a batch of padding
+
+    def metrics_of(batch):
+        k = batch.row_ids[0]
+        return {"a": Mean.of(values[k], kept[k]), "b": Mean.of(values[k] ** 2)}
+
+    found = evaluate.over_batches(metrics_of, [batch.replace(row_ids=np.full(3, k)) for k in range(4)])
+    truth = {}
+    for name, x in (("a", values[kept]), ("b", values.ravel() ** 2)):
+        truth |= {name: x.mean(), f"{name}_stderr": x.std(ddof=1) / len(x) ** 0.5}
+    assert found == pytest.approx(truth, rel=1e-5)
+    assert evaluate.over_batches(metrics_of, []) == {}
+
+
+def test_elbo_per_token_approaches_the_exact_one(params, batch):
+    alone = np.zeros((3, 4, 7), np.int32)  # tokens, response and attention mask of each sample by itself
+    for number, (row, place) in enumerate([(0, 1), (0, 2), (1, 1), (1, 2)]):
+        here = np.asarray(batch.segment_ids[row]) == place
+        for array, of in zip(alone, (batch.tokens, batch.response_mask, batch.segment_ids > 0), strict=True):
+            array[number, : here.sum()] = of[row][here]
+    tokens, response, attended = map(jnp.asarray, alone)
+
+    def logits_fn(tokens):
+        return MODEL.apply({"params": params}, tokens, jnp.broadcast_to(attended, tokens.shape))
+
+    exact = np.asarray(elbo.exact_elbo(logits_fn, tokens, response > 0, mask_id=MASK) / response.sum(-1))
+
+    def metric(epoch):  # another pass draws other noise
+        here = batch.replace(epochs=jnp.full(3, epoch))
+        kwargs = {"model": MODEL, "scheme": noise.Scheme(64), "seed": 0, "num_segments": 2, "chunk": 32}
+        return evaluate.denoising_metrics(params, here, **kwargs)["elbo_per_token"]
+
+    found = list(map(jax.jit(metric), range(16)))
+    values = np.array([mean.value for mean in found])
+    assert {float(mean.count) for mean in found} == {4.0}  # the row of padding counts nothing
+    error = values.std(ddof=1) / 4
+    assert abs(values.mean() - np.mean(exact)) < 4 * error and error < 0.01 * abs(np.mean(exact))
+    # Its standard error is that between samples.
+    assert float(found[0].stderr) == pytest.approx(np.std(exact, ddof=1) / 2, rel=0.3)
+
+
+def test_preference_metrics_are_means_over_pairs(params, batch):
+    settings = steps.Preference(beta=0.5, scheme=noise.Scheme(4))
+    kwargs = {"model": MODEL, "settings": settings, "num_segments": 2}
+    # Every term of the reference lower: winner and loser of row 0 by 2 and 1 nats, of row 1 by 1 and 4.
+    lower = np.array([[2, 1], [1, 4], [0, 0]], np.float32)
+
+    @jax.jit
+    def metrics(params, batch):
+        same = steps.reference_terms(params, batch, **kwargs)
+        return evaluate.preference_metrics(params, batch, same - lower[:, None], **kwargs)
+
+    found = metrics(params, batch)
+    truth = {"chosen": (1.0 + 0.5) / 2, "rejected": (0.5 + 2.0) / 2, "margins": (0.5 - 1.5) / 2, "accuracies": 0.5}
+    assert {name: float(found[f"rewards/{name}"].value) for name in truth} == pytest.approx(truth, abs=1e-4)
+    assert float(found["rewards/accuracies"].stderr) == pytest.approx(0.5)  # of 0 and 1
+    assert float(found["loss/preference"].value) == pytest.approx(np.log1p(np.exp([-0.5, 1.5])).mean(), rel=1e-4)
+    assert float(found["score/mc_variance"].value) == pytest.approx(0, abs=1e-6)  # the same noise in both
+
+
+class Digits(tokenizer.Tokenizer):
+    """Ids 0 to 4 are the digits, 5 begins, 6 ends."""
+
+    def __init__(self):
+        pass
+
+    bos_id, eos_id, eot_id = 5, 6, None
+
+    def encode(self, text):
+        return [int(c) for c in text]
+
+    def decode(self, ids):
+        return "".join(str(int(i)) for i in ids if i < 5)
+
+
+def copying(tokens, attention_mask):
+    """A model that repeats the four digits of the prompt, whatever else is there."""
+    return 9.0 * jax.nn.one_hot(jnp.roll(tokens, 4, axis=1), 8)
+
+
+def solve(scorer, prompts=("1234", "4321", "2222", "0110", "3003"), logits_fn=copying):
+    records = [(f"file:{i}", {"number": i, "prompt": "?"}, {"prompt": p}) for i, p in enumerate(prompts, 1)]
+    return evaluate.solve_rate(
+        logits_fn,
+        records,
+        Digits(),
+        scorer,
+        template="plain",
+        batch_size=2,
+        mask_id=MASK,
+        pad_id=6,
+        eos_id=6,
+        gen_length=4,
+        steps=4,
+        block_length=4,
+    )
+
+
+def test_solve_rate_of_a_model_that_is_right_and_of_one_that_is_wrong():
+    def is_copy(record, response):
+        return float(response == record["prompt"])
+
+    assert solve(is_copy) == {"solve/rate": 1.0, "solve/rate_stderr": 0.0, "solve/count": 5}
+    wrong = solve(is_copy, logits_fn=lambda tokens, mask: copying(tokens, mask)[..., ::-1])
+    assert wrong == {"solve/rate": 0.0, "solve/rate_stderr": 0.0, "solve/count": 5}
+
+
+def test_solve_rate_averages_scores_and_cuts_at_eos():
+    scores = np.array([0.5, 1.0, 1.5, 2.0, 2.5])
+    found = solve(lambda record, response: record["number"] / 2)
+    assert found["solve/rate"] == pytest.approx(scores.mean())
+    assert found["solve/rate_stderr"] == pytest.approx(scores.std(ddof=1) / 5**0.5)
+    assert np.isnan(solve(lambda record, response: 1, prompts=["1234"])["solve/rate_stderr"])
+    seen = []
+    ends = lambda tokens, mask: copying(tokens, mask).at[:, 7].set(jax.nn.one_hot(6, 8))
+    solve(lambda record, response: seen.append(response) or 1, logits_fn=ends)
+    assert seen == ["12", "43", "22", "01", "30"]
+
+
+def test_a_failing_scorer_is_named_with_its_record():
+    def scorer(record, response):
+        raise KeyError(record["number"]) if record["number"] == 3 else ValueError
+
+    with pytest.raises(ValueError, match="file:1: the scorer raised ValueError"):
+        solve(scorer)
