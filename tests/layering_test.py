@@ -28,8 +28,8 @@ MAP = {
     "sampling": "",
     "evaluate": "batch noise losses metrics model steps data records sampling",
     "reference": "batch",
-    "train": "attention checkpoint convert data evaluate mesh metrics model noise optim records reference state steps "
-    "tokenizer",
+    "plan": "attention convert data evaluate mesh model noise optim records steps tokenizer",
+    "train": "checkpoint convert data evaluate mesh metrics noise plan reference state steps",
     # Beside, never imported by train.py.
     "sudoku": "",
     "pairs": "data evaluate metrics records sampling tokenizer convert",

@@ -19,6 +19,7 @@ from jax.experimental.compilation_cache import compilation_cache
 import llada_jax
 from configs import base, sft_8b, vrpo_8b
 from llada_jax import convert, metrics, steps, sudoku, train
+from llada_jax import plan as plan_lib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TOKENIZER = ROOT / "llada_jax" / "assets" / "sudoku" / "tokenizer.json"
@@ -126,7 +127,7 @@ def config_of(changes):
 
 
 def run(changes, workdir):
-    return train.train(train.make_plan(config_of(changes), workdir))
+    return train.train(plan_lib.make_plan(config_of(changes), workdir))
 
 
 def lines(workdir):
@@ -222,7 +223,7 @@ def test_vrpo_logs_what_users_of_dpo_expect(vrpo_run):
 
 def test_another_mesh_takes_the_same_steps(vrpo, vrpo_run, tmp_path):
     changes = vrpo | {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
-    plan = train.make_plan(config_of(changes), tmp_path)
+    plan = plan_lib.make_plan(config_of(changes), tmp_path)
     assert train.train(dataclasses.replace(plan, heldout=None)) == 0
     for here, there in zip(steps_of(tmp_path), steps_of(vrpo_run[0]), strict=True):
         assert here["loss"] == pytest.approx(there["loss"], rel=1e-4), here["step"]
@@ -407,17 +408,17 @@ def test_a_killed_process_continues_to_the_last_bit(vrpo, tmp_path, compiled_onc
 def test_dry_run_of_the_recipes_makes_no_array(config, printed, tmp_path):
     gc.collect()
     before = len(jax.live_arrays())
-    plan = train.make_plan(config.get_config(), tmp_path / "run", dry_run=True)
-    description = train.describe(plan)
+    plan = plan_lib.make_plan(config.get_config(), tmp_path / "run", dry_run=True)
+    description = plan_lib.describe(plan)
     assert all(text in description for text in printed), description
     assert len(jax.live_arrays()) <= before and not (tmp_path / "run").exists()
 
 
 def test_dry_run_with_data_counts_it(tmp_path):
-    description = train.describe(train.make_plan(config_of(SFT), tmp_path, dry_run=True))
+    description = plan_lib.describe(plan_lib.make_plan(config_of(SFT), tmp_path, dry_run=True))
     assert "train rows" in description and "held-out rows" in description
     assert f"steps           {NUM_STEPS}, each 8 rows x 33 = 264 positions" in description
-    per_epoch = train.make_plan(config_of(SFT | {"num_steps": 0, "epochs": 3}), tmp_path)
+    per_epoch = plan_lib.make_plan(config_of(SFT | {"num_steps": 0, "epochs": 3}), tmp_path)
     assert per_epoch.num_steps == 3 * len(per_epoch.rows) // 8
 
 
@@ -501,7 +502,7 @@ BAD_VRPO = [
 
 def check_refused(changes, workdir, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message) as e:
-        train.make_plan(config_of(changes), workdir)
+        plan_lib.make_plan(config_of(changes), workdir)
     assert "\n" not in str(e.value)
 
 

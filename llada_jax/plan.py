@@ -1,0 +1,316 @@
+"""What a config means here: validated against data, tokenizer, checkpoint and devices, before the first array."""
+
+import dataclasses
+import functools
+import itertools
+from typing import Any
+
+import jax.numpy as jnp
+from etils import epath
+from jax.sharding import Mesh
+
+from llada_jax import attention, convert, data, evaluate, noise, optim, steps
+from llada_jax import mesh as mesh_lib
+from llada_jax import model as model_lib
+from llada_jax import tokenizer as tokenizer_lib
+from llada_jax.records import read_records
+
+# What two models must share for one to be the reference of the other.
+ARCHITECTURE = (
+    "d_model n_heads n_kv_heads n_layers mlp_hidden_size vocab_size embedding_size weight_tying rope_theta "
+    "rms_norm_eps mask_token_id"
+).split()
+KIND = {"pretrain": "text", "sft": "sft", "vrpo": "preference"}
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a config means here: validated, with the data packed, and nothing on a device yet."""
+
+    config: Any
+    workdir: epath.Path
+    mesh: Mesh
+    model: model_lib.LLaDA
+    tokenizer: tokenizer_lib.Tokenizer | None  # None, and no rows: only in a dry run
+    rows: data.Rows | None
+    heldout: data.Rows | None
+    prompts: list | None  # of config.solve
+    settings: steps.Preference | steps.Denoising
+    num_steps: int
+
+    @property
+    def num_segments(self) -> int:
+        """Segments in a row: even for pairs, the same for training and held-out rows."""
+        most = max(rows.num_segments for rows in (self.rows, self.heldout) if rows is not None)
+        return most + most % 2 if self.config.objective == "vrpo" else most
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows that go through the model together in training, and so may without a gradient."""
+        return self.config.data.batch_rows // self.config.optimizer.accumulate
+
+    @functools.cached_property
+    def schedule(self):
+        o = self.config.optimizer
+        return optim.make_schedule(
+            peak=o.peak,
+            warmup_steps=o.warmup_steps,
+            num_steps=self.num_steps,
+            end_fraction=o.end_fraction,
+            kind=o.schedule,
+        )
+
+    @functools.cached_property
+    def tx(self):
+        o = self.config.optimizer
+        return optim.make_optimizer(
+            self.schedule, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip_norm=o.clip_norm
+        )
+
+
+def make_plan(config, workdir: epath.PathLike, *, dry_run: bool = False) -> Plan:
+    """Validates a config against data, tokenizer, checkpoint and devices; packs the data where that is not done yet.
+
+    ValueError or FileNotFoundError, in one line. A dry run may do without init_from and data.
+    """
+    c = config
+    workdir = epath.Path(workdir).expanduser()
+    _check_choices(c, dry_run)
+    mesh = mesh_lib.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
+    parts = mesh_lib.row_shards(mesh) * c.optimizer.accumulate
+    for name, batch_rows in (("data.batch_rows", c.data.batch_rows), ("eval.batch_rows", c.eval.batch_rows)):
+        parts = parts if name == "data.batch_rows" else mesh_lib.row_shards(mesh)
+        if batch_rows < 0 or batch_rows % parts or (not batch_rows and name == "data.batch_rows"):
+            raise ValueError(
+                f"{name}={batch_rows} is not a positive multiple of {parts}: data x fsdp = "
+                f"{mesh_lib.row_shards(mesh)} shards, optimizer.accumulate={c.optimizer.accumulate}"
+            )
+    settings = _settings(c)
+    tokenizer = _tokenizer(c)
+    model = _model(c, mesh, tokenizer)
+    rows = heldout = prompts = None
+    if c.data.train and tokenizer:
+        rows, heldout = _rows(c, tokenizer, workdir)
+    elif not dry_run:
+        raise ValueError("data.train is not set: pass --config.data.train=jsonl:FILE (or tfds:, python:)")
+    if c.solve.prompts:
+        prompts = _prompts(c, tokenizer, model.config)
+    num_steps = c.num_steps
+    if not num_steps and rows is not None:
+        num_steps = c.epochs * len(rows) // c.data.batch_rows
+        if not num_steps:
+            raise ValueError(
+                f"{c.epochs} epochs of {len(rows)} rows fill no batch of data.batch_rows={c.data.batch_rows}: lower it"
+            )
+    plan = Plan(c, workdir, mesh, model, tokenizer, rows, heldout, prompts, settings, num_steps)
+    if num_steps:
+        _ = plan.schedule  # says now whether the warm-up fits
+    return plan
+
+
+def _check_choices(c, dry_run: bool):
+    for name, value, known in (
+        ("objective", c.objective, tuple(KIND)),
+        ("vrpo.reference", c.vrpo.reference, ("model", "cached")),
+        ("model.remat", c.model.remat, tuple(model_lib.REMAT)),
+        ("model.attention", c.model.attention, attention.IMPLEMENTATIONS),
+        ("optimizer.schedule", c.optimizer.schedule, optim.SCHEDULES),
+        ("model.dtype", c.model.dtype, DTYPES),
+        ("model.param_dtype", c.model.param_dtype, DTYPES),
+        ("vrpo.reference_dtype", c.vrpo.reference_dtype, ("", *DTYPES)),
+    ):
+        if value not in known:
+            raise ValueError(f"config.{name}={value!r} is not one of {', '.join(known)}")
+    for name, value, least in (
+        ("num_steps", c.num_steps, 0),
+        ("epochs", c.epochs, 1),
+        ("optimizer.accumulate", c.optimizer.accumulate, 1),
+        ("model.logps_chunk", c.model.logps_chunk, 1),
+        ("model.unroll", c.model.unroll, 1),
+        ("checkpoint.every", c.checkpoint.every, 1),
+        ("eval.every", c.eval.every, 0),
+    ):
+        if value < least:
+            raise ValueError(f"config.{name}={value} must be at least {least}")
+    if c.objective == "vrpo" and not c.init_from and not (dry_run and c.model.arch):
+        raise ValueError("init_from is not set: VRPO starts from a trained model, pass --config.init_from=DIR")
+
+
+def _settings(c) -> steps.Preference | steps.Denoising:
+    if c.objective == "vrpo":
+        v = c.vrpo
+        scheme = noise.Scheme(v.n_t, v.n_yt, v.times, v.masks, v.weights)
+        return steps.Preference(
+            v.beta, v.kind, v.label_smoothing, v.sft_weight, v.share_noise, scheme, v.mc_chunk, c.seed
+        )
+    d = c.denoising
+    if d.mc_chunk < 0 or (d.mc_chunk and d.n_t % d.mc_chunk):
+        raise ValueError(f"denoising.mc_chunk={d.mc_chunk} does not divide denoising.n_t={d.n_t}: choose a divisor")
+    if not 0 <= d.crop_probability <= 1:
+        raise ValueError(f"denoising.crop_probability={d.crop_probability} is no probability: at least 0, at most 1")
+    scheme = noise.Scheme(d.n_t, masks=d.masks, eps=d.eps if d.masks == "bernoulli" else 0.0)
+    return steps.Denoising(scheme, d.crop_probability, d.mc_chunk, c.seed)
+
+
+def _model(c, mesh: Mesh, tokenizer: tokenizer_lib.Tokenizer | None) -> model_lib.LLaDA:
+    arch = c.model.arch.to_dict()
+    if c.init_from:
+        config = convert.read_config(c.init_from)
+        _check_same("init_from", c.init_from, config, arch, "in model.arch")
+    elif arch:
+        if tokenizer:  # a new model takes from its tokenizer what model.arch leaves open
+            ends = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
+            arch = {"vocab_size": tokenizer.vocab_size, "mask_token_id": tokenizer.mask_id, **ends} | arch
+        config = model_lib.ModelConfig.from_dict(arch, source="config.model.arch")
+    else:
+        raise ValueError("neither init_from nor model.arch is set: there is no model to train")
+    unknown = arch.keys() - config.to_dict().keys() - {"mlp_ratio", "multi_query_attention"}
+    if unknown:
+        raise ValueError(f"config.model.arch has {', '.join(sorted(unknown))}, no key of a config.json: remove it")
+    if c.objective == "vrpo" and c.vrpo.reference_from:
+        other = convert.read_config(c.vrpo.reference_from)
+        values = {k: getattr(config, k) for k in ARCHITECTURE}
+        _check_same("vrpo.reference_from", c.vrpo.reference_from, other, values, "in the policy")
+    if tokenizer and tokenizer.vocab_size > config.embedding_size:
+        raise ValueError(
+            f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model {config.embedding_size} embeddings: "
+            "they do not belong together, change data.tokenizer"
+        )
+    if tokenizer and tokenizer.mask_id != config.mask_token_id:
+        raise ValueError(
+            f"the tokenizer's mask id {tokenizer.mask_id} is not the model's mask_token_id={config.mask_token_id}: "
+            "change data.tokenizer"
+        )
+    if c.data.row_length > config.max_sequence_length:
+        raise ValueError(
+            f"data.row_length={c.data.row_length} is beyond the model's max_sequence_length="
+            f"{config.max_sequence_length}: lower it"
+        )
+    tensor = mesh.shape["tensor"]
+    for name, axis in (("n_heads", tensor), ("n_kv_heads", tensor), ("mlp_hidden_size", tensor),
+                       ("embedding_size", tensor), ("d_model", mesh.shape["fsdp"])):  # fmt: skip
+        if getattr(config, name) % axis:
+            raise ValueError(f"{name}={getattr(config, name)} cannot be split over a mesh axis of {axis}: change mesh")
+    return model_lib.LLaDA(
+        config,
+        jnp.dtype(c.model.dtype),
+        jnp.dtype(c.model.param_dtype),
+        c.model.remat,
+        c.model.attention,
+        c.model.logps_chunk,
+        c.model.unroll,
+    )
+
+
+def _check_same(name: str, path: str, config: model_lib.ModelConfig, values: dict, where: str):
+    there = {k: getattr(config, k, v) for k, v in values.items()}
+    wrong = [f"{k}: {v!r} {where}, {there[k]!r} there" for k, v in values.items() if there[k] != v]
+    if wrong:
+        raise ValueError(f"{name}={path} is another architecture: {'; '.join(wrong)}")
+
+
+def _tokenizer(c) -> tokenizer_lib.Tokenizer | None:
+    path = c.data.tokenizer or (convert.model_folder(c.init_from) if c.init_from else "")
+    if not path:
+        if c.data.train:
+            raise ValueError("data.tokenizer is not set: pass --config.data.tokenizer=FOLDER_OR_FILE")
+        return None
+    return tokenizer_lib.load(path)
+
+
+def _rows(c, tokenizer, workdir: epath.Path) -> tuple[data.Rows, data.Rows | None]:
+    d = c.data
+    prepare = functools.partial(
+        data.prepare,
+        kind=KIND[c.objective],
+        tokenizer=tokenizer,
+        row_length=d.row_length,
+        cache_dir=d.cache_dir or workdir / "data",
+        template=d.template,
+        append_eos=d.append_eos,
+        answer_multiple=d.answer_multiple,
+        too_long=d.too_long,
+        bad_records=d.bad_records,
+    )
+    rows = prepare(d.train, holdout=d.holdout, split="train", limit=d.limit)
+    if d.heldout:
+        return rows, prepare(d.heldout)
+    return rows, prepare(d.train, holdout=d.holdout, split="heldout", limit=d.limit) if d.holdout else None
+
+
+def _prompts(c, tokenizer, config: model_lib.ModelConfig) -> list:
+    evaluate.load_scorer(c.solve.scorer)
+    prompts = list(itertools.islice(read_records(c.solve.prompts, "prompt"), c.solve.limit or None))
+    if not prompts:
+        raise ValueError(f"solve.prompts={c.solve.prompts} holds no record; give one that does, or none")
+    for where, _, prompt in prompts if tokenizer else ():
+        length = len(data.encode_prompt(tokenizer, prompt["prompt"], c.data.template))
+        if length + c.solve.gen_length > config.max_sequence_length:
+            raise ValueError(
+                f"{where}: a prompt of {length} tokens and solve.gen_length={c.solve.gen_length} exceed the model's "
+                f"max_sequence_length={config.max_sequence_length}: lower it or leave the prompt out"
+            )
+    return prompts
+
+
+def describe(plan: Plan) -> str:
+    """Parameters, tokens, steps, FLOPs by formula and memory per device, a line each."""
+    c, model = plan.config, plan.model
+    count = model_lib.num_params(model.config)
+    total = sum(count.values())
+    length, batch_rows = c.data.row_length, c.data.batch_rows
+    lines = [
+        f"objective       {c.objective} on {len(plan.mesh.devices.flat)} x {plan.mesh.devices.flat[0].device_kind}, "
+        f"mesh {', '.join(f'{k}={v}' for k, v in plan.mesh.shape.items())}",
+        f"parameters      {total:,} ({count['layers']:,} without embedding and head)",
+    ]
+    for name, rows in (("train rows", plan.rows), ("held-out rows", plan.heldout)):
+        if rows is not None:
+            lines.append(f"{name:<15} {rows.stats}")
+    if plan.rows is None:
+        lines.append("train rows      data.train is not set: pass --config.data.train=jsonl:FILE")
+    if not c.init_from:
+        lines.append(f"init_from       not set: {'pass --config.init_from=DIR' if c.objective == 'vrpo' else 'random'}")
+    forward = model_lib.flops_per_token(model.config, length)
+    chunk = plan.settings.mc_chunk or plan.settings.scheme.n
+    passes, why = 3, "forward, backward"
+    if model.remat == "full":
+        passes, why = passes + 1, why + ", layers again"
+    if chunk < plan.settings.scheme.n:
+        passes, why = passes + 1, why + ", chunks again"
+    if c.objective == "vrpo" and c.vrpo.reference == "model":
+        passes, why = passes + 1, why + ", reference"
+    flops = passes * forward * plan.settings.scheme.n * batch_rows * length
+    steps_text = f"{plan.num_steps:,}" if plan.num_steps else "unknown until data.train is set"
+    lines += [
+        f"steps           {steps_text}, each {batch_rows} rows x {length} = {batch_rows * length:,} positions, "
+        f"{plan.settings.scheme.n} draws",
+        f"FLOPs a step    {flops:.3g} by formula ({passes} forward passes' worth: {why})",
+        *_memory(plan, total, chunk),
+    ]
+    return "\n".join(lines)
+
+
+def _memory(plan: Plan, total: int, chunk: int) -> list[str]:
+    """Bytes on a device by formula: exact for what the state holds, an estimate for activations."""
+    c, model, shape = plan.config, plan.model, plan.mesh.shape
+    width = model.config
+    weight, act = jnp.dtype(c.model.param_dtype).itemsize, jnp.dtype(c.model.dtype).itemsize
+    shards = shape["fsdp"] * shape["tensor"]
+    rows = c.data.batch_rows // mesh_lib.row_shards(plan.mesh) // c.optimizer.accumulate * chunk
+    positions = rows * c.data.row_length
+    boundary = positions * width.d_model * act  # what a layer gets from the one before
+    inner = positions * act * (6 * width.d_model + 3 * width.mlp_hidden_size) // shape["tensor"]
+    kept = {"none": inner, "dots": inner // 2, "full": 0}[model.remat]
+    logits = rows * min(c.model.logps_chunk, c.data.row_length) * width.embedding_size * 4 // shape["tensor"]
+    sizes = {
+        "parameters": total * weight / shards,
+        "Adam moments": 2 * total * weight / shards,
+        "gradient": total * weight / shards * (2 if chunk < plan.settings.scheme.n else 1),
+        "activations (estimate)": width.n_layers * (boundary + kept) + inner + 2 * logits,
+    }
+    if c.objective == "vrpo" and c.vrpo.reference == "model":
+        sizes["reference"] = total * jnp.dtype(c.vrpo.reference_dtype or c.model.param_dtype).itemsize / shards
+    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in sizes.items())
+    return [f"GiB a device    {sum(sizes.values()) / 2**30:.2f}: {parts}"]
