@@ -16,7 +16,7 @@ SUDOKU = pathlib.Path(__file__).resolve().parent.parent / "llada_jax" / "assets"
 def get_config():
     c = base.get_config()
     c.objective = "sft"
-    c.num_steps = 270
+    c.num_steps = 310
     c.model.arch = dict(
         d_model=64,
         n_heads=4,

@@ -21,9 +21,8 @@ def get_config():
     c.data.holdout = 0.1
     c.data.too_long = "truncate"
     c.data.bad_records = "skip"  # some transcripts differ before the last turn, some answers are empty
-    c.num_steps = 100
+    c.num_steps = 60
     c.vrpo.n_t = 4
-    c.vrpo.mc_chunk = 2
     c.optimizer.peak = 1e-4
     c.optimizer.warmup_steps = 10
     c.checkpoint.every = 25

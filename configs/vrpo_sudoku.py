@@ -2,6 +2,13 @@
 
     python -m llada_jax.train --config=configs/vrpo_sudoku.py --workdir=runs/vrpo_sudoku
 
+n = 8 draws, noise shared, as published. Naive DPO, for comparison, is
+
+    python -m llada_jax.train --config=configs/vrpo_sudoku.py --workdir=runs/naive_sudoku \\
+        --config.vrpo.n_t=1 --config.vrpo.share_noise=False
+
+The denoising loss on the winner weighs far more than the published 0.05: a Sudoku has one solution, so what VRPO must
+not do is to push the winner's likelihood down together with the loser's.
 TIMES
 """
 
@@ -15,15 +22,14 @@ def get_config():
     c.model.arch = {}
     c.data.tokenizer = ""
     c.data.train = f"jsonl:{sft_sudoku.SUDOKU / 'pairs.jsonl.gz'}"
-    c.data.holdout = 0.1
+    c.data.holdout = 0.05
     c.data.row_length = 66  # one pair: twice bos, puzzle and answer
     c.data.batch_rows = 32
     c.num_steps = 100
     c.vrpo.beta = 0.2
+    c.vrpo.sft_weight = 15.0
     c.vrpo.n_t = 8
-    c.vrpo.mc_chunk = 0
-    c.optimizer.peak = 5e-4
+    c.optimizer.peak = 2e-3
     c.optimizer.warmup_steps = 10
-    c.optimizer.weight_decay = 0.01
-    c.eval.batch_rows = 32
+    c.optimizer.end_fraction = 0.0
     return c
