@@ -39,7 +39,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
         "cuda": ["jax[cuda13]>=0.10.2,<0.13"],
-        "gcs": ["gcsfs>=2025.9"],
+        "gcs": ["etils[epath-gcs]>=1.13"],
         "plot": ["matplotlib>=3.10"],
         "test": ["pytest>=9.0", "beartype>=0.22", "ruff>=0.14", "matplotlib>=3.10"],
     },

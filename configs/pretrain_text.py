@@ -18,6 +18,8 @@ ARCH = {
 
 
 def get_config(size: str = "medium"):
+    if size not in ARCH:
+        raise ValueError(f"configs/pretrain_text.py:{size} is not one of {', '.join(ARCH)}")
     c = base.get_config()
     c.objective = "pretrain"
     c.model.arch = ARCH[size]
@@ -40,6 +42,7 @@ def get_config(size: str = "medium"):
         c.eval.every = 250
     else:
         c.model.dtype = "bfloat16"
+        c.model.logps_chunk = 32
         c.data.batch_rows = 256
         c.num_steps = 10_000
         c.optimizer.peak = 1e-3

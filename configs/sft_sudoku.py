@@ -16,7 +16,7 @@ SUDOKU = pathlib.Path(__file__).resolve().parent.parent / "llada_jax" / "assets"
 def get_config():
     c = base.get_config()
     c.objective = "sft"
-    c.num_steps = 310
+    c.num_steps = 300
     c.model.arch = dict(
         d_model=64,
         n_heads=4,
@@ -39,8 +39,11 @@ def get_config():
     c.data.batch_rows = 128
     c.optimizer.peak = 2e-3
     c.optimizer.warmup_steps = 50
-    c.optimizer.end_fraction = 0.1
-    c.checkpoint.every = 500
+    # Never brought down: VRPO starts from here and ends at zero.
+    c.optimizer.schedule = "constant"
+    c.optimizer.end_fraction = 1.0
+    c.checkpoint.every = 20
+    c.checkpoint.keep = 30
     c.solve.prompts = "python:llada_jax.sudoku:records?count=500&seed=1&split=heldout"
     c.solve.scorer = "llada_jax.sudoku:score"
     c.solve.gen_length = 16

@@ -31,5 +31,6 @@ def get_config():
     c.vrpo.n_t = 8
     c.optimizer.peak = 2e-3
     c.optimizer.warmup_steps = 10
+    c.optimizer.schedule = "cosine"
     c.optimizer.end_fraction = 0.0
     return c

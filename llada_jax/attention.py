@@ -41,7 +41,9 @@ def attend(
         if segment_ids is not None:
             same = (query_segments[:, :, None] == segment_ids[:, None, :])[:, None]
             mask = same if mask is None else mask & same
-        return jax.nn.dot_product_attention(queries, key, value, mask=mask, implementation="xla")
+        # float32 means float32: accelerators would multiply it in fewer bits by default.
+        with jax.default_matmul_precision("highest" if queries.dtype == jnp.float32 else "default"):
+            return jax.nn.dot_product_attention(queries, key, value, mask=mask, implementation="xla")
 
     if length <= QUERY_BLOCK:
         out = block(query, segment_ids)

@@ -34,7 +34,7 @@ def _logps(logits: Float[Array, "*b l v"], targets: Int[Array, "..."]) -> Float3
 def elbo_terms(
     logits_fn: LogitsFn,
     tokens: Int[Array, "b l"],
-    masked: Bool[Array, "n b l"],
+    masked: Bool[Array, "n b l"] | Int[Array, "n b l"],
     weights: Float[Array, "n b"] | Float[Array, "n b l"],
     *,
     mask_id: int,
@@ -43,6 +43,7 @@ def elbo_terms(
 
     Equation 15 has weights L / l, 13 has 1 / t; one number a draw and example, or one a token.
     """
+    masked = masked.astype(bool)
     if weights.ndim == 2:
         weights = weights[..., None]
     logps = _logps(logits_fn(jnp.where(masked, mask_id, tokens)), tokens)
@@ -62,7 +63,7 @@ def estimate_elbo(
     key: Key[Array, ""],
     logits_fn: LogitsFn,
     tokens: Int[Array, "b l"],
-    response_mask: Bool[Array, "b l"],
+    response_mask: Bool[Array, "b l"] | Int[Array, "b l"],
     *,
     mask_id: int,
     n_t: int = 8,
@@ -96,7 +97,7 @@ def estimate_elbo(
 def exact_elbo(
     logits_fn: LogitsFn,
     tokens: Int[Array, "b l"],
-    response_mask: Bool[Array, "b l"],
+    response_mask: Bool[Array, "b l"] | Int[Array, "b l"],
     *,
     mask_id: int,
     chunk: int = 256,
@@ -105,7 +106,7 @@ def exact_elbo(
 
     Raises ValueError beyond 20 response tokens (a million model calls).
     """
-    response = np.asarray(response_mask)
+    response = np.asarray(response_mask).astype(bool)
     lengths = response.sum(-1)
     longest = int(lengths.max())
     if longest > 20:
@@ -123,9 +124,10 @@ def exact_elbo(
         weights = jnp.where(whole, jax.vmap(lambda s: weight_of_size[jnp.arange(s.size), s])(size), 0)
         return elbo_terms(logits_fn, tokens, masked, weights, mask_id=mask_id).sum(0)
 
-    # Subset 0 masks nothing and counts nothing: it fills up the last chunk.
     chunk = min(chunk, 2**longest)
-    return jax.lax.map(terms_of, jnp.arange(2**longest, dtype=jnp.int32).reshape(-1, chunk)).sum(0)
+    subsets = np.arange(-(-(2**longest) // chunk) * chunk, dtype=np.int32)
+    subsets[2**longest :] = 0  # subset 0 masks nothing and counts nothing: it fills up the last chunk
+    return jax.lax.map(terms_of, jnp.asarray(subsets.reshape(-1, chunk))).sum(0)
 
 
 def packed_terms(

@@ -93,7 +93,7 @@ class ModelConfig:
         kept = {k: v for k, v in values.items() if k in known and v is not None}
         if "n_kv_heads" not in kept and values.get("multi_query_attention"):
             kept["n_kv_heads"] = 1
-        if "mlp_hidden_size" not in kept and "mlp_ratio" in values:
+        if "mlp_hidden_size" not in kept and values.get("mlp_ratio") is not None:
             kept["mlp_hidden_size"] = values["mlp_ratio"] * values["d_model"]
         try:
             return cls(**kept)
@@ -112,6 +112,11 @@ REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+def precision(dtype) -> jax.lax.Precision:
+    """float32 means float32: accelerators would multiply it in fewer bits by default."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
 def _constrain(x: Array, *axes: str | None) -> Array:
@@ -151,7 +156,8 @@ class Linear(nn.Module):
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
         # One product over all positions: for the gradient of a batched one XLA's CPU backend transposes far more.
-        return (x.reshape(-1, self.inputs) @ self.kernel.astype(self.dtype)).reshape(*x.shape[:-1], self.outputs)
+        y = jnp.matmul(x.reshape(-1, self.inputs), self.kernel.astype(self.dtype), precision=precision(self.dtype))
+        return y.reshape(*x.shape[:-1], self.outputs)
 
 
 def rotate(x: Float[Array, "*b l h d"], positions: Int[Array, "*b l"], theta: float) -> Float[Array, "*b l h d"]:
@@ -237,7 +243,7 @@ class LLaDA(nn.Module):
         block = Block
         if self.remat != "none":
             # Inside nn.scan the loop itself prevents the merging that prevent_cse guards against.
-            block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
+            block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=self.unroll > 1)
         self.blocks = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -263,23 +269,25 @@ class LLaDA(nn.Module):
         return self.ln_f(x)
 
     def _head(self) -> Float[Array, "d v"]:
-        kernel = self.wte.embedding.T if self.config.weight_tying else self.ff_out.kernel
-        return kernel.astype(self.dtype)
+        return self.wte.embedding.T if self.config.weight_tying else self.ff_out.kernel
 
     def __call__(
         self,
         tokens: Int[Array, "*b l"],
-        attention_mask: Int[Array, "*b l"] | Bool[Array, "*b l"] | None = None,
-        segment_ids: Int[Array, "*b l"] | None = None,
-        positions: Int[Array, "*b l"] | None = None,
+        attention_mask: Int[Array, "..."] | Bool[Array, "..."] | None = None,
+        segment_ids: Int[Array, "..."] | None = None,
+        positions: Int[Array, "..."] | None = None,
     ) -> Float32[Array, "*b l v"]:
         """Logits of every position.
 
         A key is attended to where `attention_mask` is not 0 and its segment is the query's. `positions` default to
-        0, 1, ... along the row.
+        0, 1, ... along the row. All three broadcast to the shape of `tokens`.
         """
-        inputs = (tokens, attention_mask, segment_ids, positions)
-        hidden = self._hidden(*(None if x is None else x.reshape(-1, x.shape[-1]) for x in inputs))
+
+        def rows(x):
+            return None if x is None else jnp.broadcast_to(x, tokens.shape).reshape(-1, tokens.shape[-1])
+
+        hidden = self._hidden(*(rows(x) for x in (tokens, attention_mask, segment_ids, positions)))
         logits = _logits(hidden, self._head())
         return logits.reshape(*tokens.shape, -1)
 
@@ -296,7 +304,9 @@ class LLaDA(nn.Module):
 
 
 def _logits(hidden: Float[Array, "*b d"], head: Float[Array, "d v"]) -> Float32[Array, "*b v"]:
-    return jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+    # Cast here, not before: the gradients of several chunks then add up in the parameters' own type.
+    head = head.astype(hidden.dtype)
+    return jnp.matmul(hidden, head, precision=precision(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 def chunked_logps(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int, Key
 
 # One number a purpose, so that no two share random bits.
-STREAMS = {"policy": 0, "reference": 1, "evaluate": 2, "crop": 3, "init": 4, "sample": 5}
+STREAMS = {"policy": 0, "reference": 1, "evaluate": 2, "crop": 3, "init": 4}
 
 
 @flax.struct.dataclass
@@ -116,13 +116,14 @@ def row_keys(key: Key[Array, ""], row_ids: Int[Array, " r"], epochs: Int[Array, 
 
 def draw_row(
     key: Key[Array, ""],
-    response_mask: Bool[Array, " l"],
+    response_mask: Bool[Array, " l"] | Int[Array, " l"],
     segment_ids: Int[Array, " l"],
     *,
     num_segments: int,
     scheme: Scheme,
 ) -> Noise:
     """`scheme.n` draws for one row, independent in each segment; draw j is sample j % n_yt of time j // n_yt."""
+    response_mask = response_mask.astype(bool)
     index = jnp.where(response_mask, segment_ids - 1, num_segments).astype(jnp.int32)
     lengths = jnp.sum(index[:, None] == jnp.arange(num_segments), axis=0, dtype=jnp.int32)
     segments = Segments(index, lengths)
@@ -136,7 +137,7 @@ def draw_row(
 
 def draw_rows(
     keys: Key[Array, " r"],
-    response_mask: Bool[Array, "r l"],
+    response_mask: Bool[Array, "r l"] | Int[Array, "r l"],
     segment_ids: Int[Array, "r l"],
     *,
     num_segments: int,

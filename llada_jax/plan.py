@@ -5,6 +5,7 @@ import functools
 import itertools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
@@ -21,7 +22,7 @@ ARCHITECTURE = (
     "rms_norm_eps mask_token_id"
 ).split()
 KIND = {"pretrain": "text", "sft": "sft", "vrpo": "preference"}
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,12 @@ class Plan:
         """Segments in a row: even for pairs, the same for training and held-out rows."""
         most = max(rows.num_segments for rows in (self.rows, self.heldout) if rows is not None)
         return most + most % 2 if self.config.objective == "vrpo" else most
+
+    @property
+    def eval_settings(self) -> steps.Preference:
+        """VRPO's settings for held-out pairs: the same good estimator, whatever the training uses."""
+        scheme = noise.Scheme(self.config.eval.n_t or 8)
+        return dataclasses.replace(self.settings, share_noise=True, scheme=scheme, mc_chunk=1, stream="evaluate")
 
     @property
     def rows_at_once(self) -> int:
@@ -133,6 +140,12 @@ def _check_choices(c, dry_run: bool):
     ):
         if value < least:
             raise ValueError(f"config.{name}={value} must be at least {least}")
+    if c.data.heldout and c.data.holdout:
+        raise ValueError(f"data.heldout and data.holdout={c.data.holdout} both say what is held out: set one of them")
+    if c.denoising.crop_probability and c.objective != "pretrain":
+        raise ValueError(f"denoising.crop_probability={c.denoising.crop_probability} is for pretrain: set it to 0")
+    if jax.process_count() > 1:
+        raise ValueError(f"{jax.process_count()} hosts: the trainer runs on the devices of one host so far")
     if c.objective == "vrpo" and not c.init_from and not (dry_run and c.model.arch):
         raise ValueError("init_from is not set: VRPO starts from a trained model, pass --config.init_from=DIR")
 
@@ -283,6 +296,10 @@ def describe(plan: Plan) -> str:
         passes, why = passes + 1, why + ", reference"
     flops = passes * forward * plan.settings.scheme.n * batch_rows * length
     steps_text = f"{plan.num_steps:,}" if plan.num_steps else "unknown until data.train is set"
+    if plan.rows is not None:
+        steps_text += f" ({plan.num_steps * batch_rows / len(plan.rows):.2f} epochs)"
+        if c.objective == "vrpo":
+            steps_text += f" of about {batch_rows * plan.rows.stats.samples / len(plan.rows):.0f} pairs"
     lines += [
         f"steps           {steps_text}, each {batch_rows} rows x {length} = {batch_rows * length:,} positions, "
         f"{plan.settings.scheme.n} draws",

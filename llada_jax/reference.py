@@ -61,7 +61,7 @@ class ReferenceCache:
                     _write(path, part)
 
     def __getitem__(self, batch: Batch) -> np.ndarray:
-        """The terms [r, n, s] of a batch; 0 for rows of padding. KeyError for a row that was never computed."""
+        """The terms [r, n, s] of a batch; 0 for rows of padding. ValueError for a row that was never computed."""
         known = batch.row_ids >= 0
         terms = np.zeros((len(known), *self._terms.shape[2:]), np.float32)
         try:
@@ -69,7 +69,7 @@ class ReferenceCache:
         except IndexError:
             terms[known] = np.nan
         if np.isnan(terms).any():
-            raise KeyError(f"rows {batch.row_ids.tolist()} of epochs {batch.epochs.tolist()} are not in the cache")
+            raise ValueError(f"rows {batch.row_ids.tolist()} of epochs {batch.epochs.tolist()} are not in the cache")
         return terms
 
 

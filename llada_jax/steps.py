@@ -29,6 +29,7 @@ class Preference:
     scheme: noise.Scheme = noise.Scheme()
     mc_chunk: int = 0  # draws at a time, 0: all
     seed: int = 0
+    stream: str = "policy"  # of the policy's noise
 
     def __post_init__(self):
         losses.check_preference(self.beta, self.kind, self.label_smoothing)
@@ -77,7 +78,7 @@ def reference_terms(
     params: Any, batch: Batch, *, model: LLaDA, settings: Preference, num_segments: int
 ) -> Float32[Array, "r n s"]:
     """The reference policy's terms at the masks that `vrpo_step` draws for this batch: what a cache stores by row."""
-    stream = "policy" if settings.share_noise else "reference"
+    stream = settings.stream if settings.share_noise else "reference"
     drawn = draw(batch, settings.scheme, seed=settings.seed, stream=stream, num_segments=num_segments)
     terms = model_terms(model, params, batch, drawn, num_segments=num_segments, chunk=settings.mc_chunk)
     return jax.lax.stop_gradient(jnp.moveaxis(terms, 0, 1))
@@ -103,7 +104,7 @@ def score_pairs(
     `reference` holds the terms of the reference policy for this batch (`reference_terms`).
     """
     scheme = settings.scheme
-    drawn = draw(batch, scheme, seed=settings.seed, stream="policy", num_segments=num_segments)
+    drawn = draw(batch, scheme, seed=settings.seed, stream=settings.stream, num_segments=num_segments)
     terms = model_terms(model, params, batch, drawn, num_segments=num_segments, chunk=settings.mc_chunk)
     reference = jnp.moveaxis(reference, 1, 0)
     policy, frozen = terms.mean(0), reference.mean(0)

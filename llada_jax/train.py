@@ -67,22 +67,28 @@ def _train(plan: Plan, saved: checkpoint.Checkpoints, stop: _Stop) -> int:
     else:
         current, extra = restored
         history, next_index = extra["evaluations"], extra["next_index"]
-        if extra["rows"] != plan.rows.fingerprint:
-            raise ValueError(
-                f"the packed data of {plan.workdir} were {extra['rows']}, now they are {plan.rows.fingerprint}: "
-                "go on with the old data and settings, or give another --workdir"
-            )
         print(f"continuing from step {int(current.step)} of {plan.num_steps} in {plan.workdir}", flush=True)
     start = int(current.step)
 
     policy_reference = _Reference(plan, shardings.params) if c.objective == "vrpo" else None
+    # What a run may not change in the middle.
+    identity = {
+        "data": plan.rows.fingerprint,
+        "settings of the loss, its noise or the seed": repr(plan.settings),
+        "reference policy": policy_reference.fingerprint if policy_reference else "",
+    }
+    if restored is not None and (changed := [k for k, v in identity.items() if extra["identity"].get(k) != v]):
+        raise ValueError(
+            f"{plan.workdir} was trained with other {' and '.join(changed)} up to step {start}: go on with the old "
+            "config and files, or give another --workdir"
+        )
     update = _jit_update(plan, shardings)
     evaluations = _Evaluation(plan, policy_reference)
     loader = data.loader(plan.rows, batch_rows=c.data.batch_rows, seed=c.seed, start=next_index)
     show = ("loss", "rewards/accuracies", "rewards/margins") if c.objective == "vrpo" else ("loss",)
 
     def save(step):
-        extra = {"next_index": loader.next_index, "rows": plan.rows.fingerprint, "evaluations": list(history)}
+        extra = {"next_index": loader.next_index, "identity": identity, "evaluations": list(history)}
         writer.flush()
         saved.save(step, current, extra)
 
@@ -168,35 +174,41 @@ class _Reference:
     def __init__(self, plan: Plan, shardings):
         c = plan.config
         self._plan = plan
-        self._terms = jax.jit(
-            functools.partial(
-                steps.reference_terms, model=plan.model, settings=plan.settings, num_segments=plan.num_segments
-            ),
-            out_shardings=mesh_lib.rows(plan.mesh),
-        )
+        self._settings = {"train": plan.settings, "heldout": plan.eval_settings}
+        self._terms = {
+            which: jax.jit(
+                functools.partial(
+                    steps.reference_terms, model=plan.model, settings=settings, num_segments=plan.num_segments
+                ),
+                out_shardings=mesh_lib.rows(plan.mesh),
+            )
+            for which, settings in self._settings.items()
+        }
         dtype = c.vrpo.reference_dtype or c.model.param_dtype
         self._params = convert.load(c.vrpo.reference_from or c.init_from, dtype, shardings)[1]
+        self.fingerprint = checkpoint.fingerprint(self._params)
         self._caches = {}
         if c.vrpo.reference == "cached":
-            identity = {
-                "reference": checkpoint.fingerprint(self._params),
-                "settings": repr((plan.settings, plan.model, plan.num_segments)),
-            }
             epochs = -(-plan.num_steps * c.data.batch_rows // len(plan.rows))
-            self._caches["train"] = self._fill(plan.rows, epochs, identity)
+            self._caches["train"] = self._fill("train", plan.rows, epochs)
             if plan.heldout is not None:
-                self._caches["heldout"] = self._fill(plan.heldout, 1, identity)
+                self._caches["heldout"] = self._fill("heldout", plan.heldout, 1)
             self._params = None
 
-    def _fill(self, rows: data.Rows, epochs: int, identity: dict) -> reference.ReferenceCache:
-        plan = self._plan
+    def _fill(self, which: str, rows: data.Rows, epochs: int) -> reference.ReferenceCache:
+        plan, settings = self._plan, self._settings[which]
         batch_rows = plan.rows_at_once
+        noise_settings = (settings.scheme, settings.share_noise, settings.seed, settings.stream)
         cache = reference.ReferenceCache(
             plan.workdir / "reference",
-            identity | {"rows": rows.fingerprint},
+            {
+                "reference": self.fingerprint,
+                "rows": rows.fingerprint,
+                "settings": repr((noise_settings, plan.model, plan.num_segments)),
+            },
             num_rows=len(rows),
             epochs=epochs,
-            n=plan.settings.scheme.n,
+            n=settings.scheme.n,
             segments=plan.num_segments,
         )
 
@@ -208,24 +220,25 @@ class _Reference:
 
         with metrics.Progress(epochs * len(rows), unit="reference row", show=()) as progress:
             cache.fill(
-                lambda batch: np.asarray(self._terms(self._params, _put(batch, plan.mesh))),
+                lambda batch: np.asarray(self._terms[which](self._params, _put(batch, plan.mesh))),
                 batches_of,
                 batch_rows=batch_rows,
                 progress=lambda done, _: progress.update(done),
             )
         return cache
 
-    def of(self, batch, which: str = "train"):
+    def of(self, batch):
         """What `vrpo_step` takes beside a batch."""
-        if self._params is not None:
-            return self._params
-        return jax.device_put(self._caches[which][batch], mesh_lib.rows(self._plan.mesh))
+        return self._cached("train", batch) if self._params is None else self._params
 
     def terms(self, batch) -> jax.Array:
-        """Terms of the reference for a held-out batch."""
-        if self._params is not None:
-            return self._terms(self._params, _put(batch, self._plan.mesh))
-        return self.of(batch, "heldout")
+        """Terms of the reference for a held-out batch, at the masks of the evaluation."""
+        if self._params is None:
+            return self._cached("heldout", batch)
+        return self._terms["heldout"](self._params, _put(batch, self._plan.mesh))
+
+    def _cached(self, which: str, batch) -> jax.Array:
+        return jax.device_put(self._caches[which][batch], mesh_lib.rows(self._plan.mesh))
 
 
 class _Evaluation:
@@ -241,7 +254,8 @@ class _Evaluation:
                 functools.partial(evaluate.denoising_metrics, scheme=scheme, seed=plan.config.seed, chunk=1, **kwargs)
             )
         else:
-            self._metrics = jax.jit(functools.partial(evaluate.preference_metrics, settings=plan.settings, **kwargs))
+            settings = plan.eval_settings
+            self._metrics = jax.jit(functools.partial(evaluate.preference_metrics, settings=settings, **kwargs))
 
     def run(self, params) -> dict[str, float]:
         plan = self._plan
@@ -339,7 +353,7 @@ def main(argv):
         if _DRY_RUN.value:
             return
         status = train(plan)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         _fail(error)
     sys.exit(status)
 
@@ -347,7 +361,8 @@ def main(argv):
 def _parse_flags(argv):
     try:
         return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError, TypeError, OSError) as error:  # as ml_collections takes a wrong key or file
+    except (AttributeError, KeyError, TypeError, OSError, ImportError, ValueError) as error:
+        # What ml_collections lets through of a wrong key or a wrong file.
         _fail(error)
 
 

@@ -82,8 +82,8 @@ def test_another_identity_shares_nothing(tmp_path):
 
 def test_a_row_that_was_not_computed_is_an_error(tmp_path):
     cache = make(tmp_path)
-    with pytest.raises(KeyError, match="not in the cache"):
+    with pytest.raises(ValueError, match="not in the cache"):
         cache[batch([3], [0])]
     fill(cache, Terms())
-    with pytest.raises(KeyError, match="not in the cache"):
+    with pytest.raises(ValueError, match="not in the cache"):
         cache[batch([3], [EPOCHS])]
