@@ -25,9 +25,9 @@ def get_config():
     c.data.holdout = 0.05
     c.data.row_length = 66  # one pair: twice bos, puzzle and answer
     c.data.batch_rows = 32
-    c.num_steps = 100
+    c.num_steps = 140
     c.vrpo.beta = 0.2
-    c.vrpo.sft_weight = 15.0
+    c.vrpo.sft_weight = 10.0
     c.vrpo.n_t = 8
     c.optimizer.peak = 2e-3
     c.optimizer.warmup_steps = 10

@@ -57,7 +57,7 @@ def test_schedule_and_weight_decay():
     with pytest.raises(ValueError, match="warmup_steps=20"):
         optim.make_schedule(peak=1.0, warmup_steps=20, num_steps=20)
     params = state.init_state(MODEL, TX, mesh.make_mesh(), jax.random.key(0)).params
-    tx = optim.make_optimizer(lambda step: 0.1, weight_decay=0.5, clip_norm=0)
+    tx = optim.make_optimizer(lambda step: 0.1, weight_decay=0.5, clip_norm=0.0)
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     kernels = (tree["blocks"]["q_proj"]["kernel"] for tree in (updates, params))
     np.testing.assert_allclose(next(kernels), -0.05 * next(kernels), rtol=1e-5)

@@ -401,7 +401,7 @@ def test_a_killed_process_continues_to_the_last_bit(vrpo, tmp_path, compiled_onc
 @pytest.mark.parametrize(
     "config, printed",
     [
-        (vrpo_8b, ["8,015,581,184", "objective       vrpo on 8 x cpu", "5,468, each 16 rows x 4096", "8 draws", "GiB"]),
+        (vrpo_8b, ["8,015,581,184", "objective       vrpo on 8 x cpu", "each 16 rows x 4096", "8 draws", "GiB"]),
         (sft_8b, ["8,015,581,184", "objective       sft", "each 256 rows", "FLOPs a step", "data.train is not set"]),
     ],
 )
@@ -416,9 +416,10 @@ def test_dry_run_of_the_recipes_makes_no_array(config, printed, tmp_path):
 
 def test_dry_run_with_data_counts_it(tmp_path):
     description = plan_lib.describe(plan_lib.make_plan(config_of(SFT), tmp_path, dry_run=True))
-    assert "train rows" in description and "held-out rows" in description
-    assert f"steps           {NUM_STEPS}, each 8 rows x 33 = 264 positions" in description
     per_epoch = plan_lib.make_plan(config_of(SFT | {"num_steps": 0, "epochs": 3}), tmp_path)
+    assert "train rows" in description and "held-out rows" in description
+    rows = len(per_epoch.rows)
+    assert f"steps           {NUM_STEPS} ({NUM_STEPS * 8 / rows:.2f} epochs), each 8 rows x 33 = 264" in description
     assert per_epoch.num_steps == 3 * len(per_epoch.rows) // 8
 
 
