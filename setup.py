@@ -26,6 +26,7 @@ setup(
         "grain>=0.2.18",
         "array_record>=0.8.3",
         "tensorflow-datasets>=4.9.10",
+        "importlib_resources>=6.5",  # tensorflow-datasets imports it without asking for it
         "sentencepiece>=0.2.1",
         "tokenizers>=0.22",
         "safetensors>=0.6",
