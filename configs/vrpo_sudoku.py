@@ -9,7 +9,8 @@ n = 8 draws, noise shared, as published. Naive DPO, for comparison, is
 
 The denoising loss on the winner weighs far more than the published 0.05: a Sudoku has one solution, so what VRPO must
 not do is to push the winner's likelihood down together with the loser's.
-TIMES
+140 steps of 32 pairs take about three and a half minutes on two CPU cores; expect 57 % -> 76 % of 500 held-out puzzles
+solved, and 59 % by naive DPO.
 """
 
 from configs import sft_sudoku
