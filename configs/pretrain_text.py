@@ -6,7 +6,8 @@
 
 Two sizes, by the word behind the colon: "medium" (the default, about 20 M parameters at a vocabulary of 8192, for one
 GPU: 10,000 steps of 65,536 tokens) and "small" (1.8 M at 2048, for two CPU cores).
-TIMES
+"small" takes about ten minutes on two free cores (2,700 tokens/s) and reaches a held-out ELBO of -6.26 nats a token
+(-7.66 before); "medium" has not been run.
 """
 
 from configs import base
