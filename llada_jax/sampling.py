@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
@@ -316,12 +315,7 @@ def open_model(path: str, dtype=None):
     from llada_jax import convert, tokenizer
 
     model, params = convert.load(path, dtype)
-    home = epath.Path(path).expanduser()
-    if (home / "checkpoints").is_dir():  # a workdir
-        home = home / "model"
-    elif not (home / "config.json").exists():  # workdir/checkpoints/<step>
-        home = home.absolute().parent.parent / "model"
-    return Partial(model.apply, {"params": params}), model.config, tokenizer.load(home)
+    return Partial(model.apply, {"params": params}), model.config, tokenizer.load(convert.model_folder(path))
 
 
 def special_ids(config, tokenizer) -> dict[str, int | None]:
