@@ -76,15 +76,16 @@ class Plan:
         )
 
 
-def make_plan(config, workdir: epath.PathLike, *, dry_run: bool = False) -> Plan:
+def make_plan(config, workdir: epath.PathLike, *, dry_run: bool = False, devices=None) -> Plan:
     """Validates a config against data, tokenizer, checkpoint and devices; packs the data where that is not done yet.
 
-    ValueError or FileNotFoundError, in one line. A dry run may do without init_from and data.
+    ValueError or FileNotFoundError, in one line. A dry run may do without init_from and data. `devices`: None for all
+    that are there, or those of a described topology.
     """
     c = config
     workdir = epath.Path(workdir).expanduser()
     _check_choices(c, dry_run)
-    mesh = mesh_lib.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
+    mesh = mesh_lib.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor, devices)
     parts = mesh_lib.row_shards(mesh) * c.optimizer.accumulate
     for name, batch_rows in (("data.batch_rows", c.data.batch_rows), ("eval.batch_rows", c.eval.batch_rows)):
         parts = parts if name == "data.batch_rows" else mesh_lib.row_shards(mesh)

@@ -82,7 +82,7 @@ def _train(plan: Plan, saved: checkpoint.Checkpoints, stop: _Stop) -> int:
             f"{plan.workdir} was trained with other {' and '.join(changed)} up to step {start}: go on with the old "
             "config and files, or give another --workdir"
         )
-    update = _jit_update(plan, shardings)
+    update = jit_update(plan, shardings)
     evaluations = _Evaluation(plan, policy_reference)
     loader = data.loader(plan.rows, batch_rows=c.data.batch_rows, seed=c.seed, start=next_index)
     show = ("loss", "rewards/accuracies", "rewards/margins") if c.objective == "vrpo" else ("loss",)
@@ -152,7 +152,8 @@ def _train(plan: Plan, saved: checkpoint.Checkpoints, stop: _Stop) -> int:
     return 0
 
 
-def _jit_update(plan: Plan, shardings):
+def jit_update(plan: Plan, shardings):
+    """The compiled step of a plan, (state, batch, ...) -> (state, metrics), its state donated."""
     c = plan.config
     common = {
         "model": plan.model,
