@@ -18,7 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.remat = "none"  # "none", "dots" or "full": what a layer keeps for its backward pass
     c.model.attention = "auto"
     c.model.unroll = 1  # layers compiled one by one: all of a small model's run faster, one compiles the quickest
-    c.model.logps_chunk = 512  # positions of a row whose logits are held at a time
+    c.model.logps_chunk = 8192  # entries of the vocabulary whose logits are held at a time, for all positions
 
     c.data = ml_collections.ConfigDict()
     c.data.train = ""  # jsonl:GLOB, tfds:NAME_OR_DIR, python:module:function?key=value
@@ -49,9 +49,11 @@ def get_config() -> ml_collections.ConfigDict:
     c.vrpo.sft_weight = 0.05
     c.vrpo.n_t = 8
     c.vrpo.n_yt = 1
-    c.vrpo.times = "iid"
+    c.vrpo.times = "iid"  # llada_jax/elbo.md says what these schemes are worth
     c.vrpo.masks = "exact"
     c.vrpo.weights = "plain"
+    c.vrpo.pseudo_count = 0.0  # of weights="leave_one_out": how much its control variates shrink
+    c.vrpo.share_in_pair = "nothing"  # or "times", "masks": what winner and loser have in common
     c.vrpo.share_noise = True
     c.vrpo.mc_chunk = 0  # draws at a time; 0: all
     c.vrpo.reference = "model"  # its parameters beside the policy's, or "cached": its terms computed beforehand
@@ -70,6 +72,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.optimizer.clip_norm = 1.0  # 0: no clipping
     c.optimizer.accumulate = 1  # parts of a batch, one after the other
 
+    c.parallelism = "mesh"  # jit over the mesh, or "pmap": parameters on every device, rows split, mesh.data alone
     c.mesh = ml_collections.ConfigDict()  # -1: what is left
     c.mesh.data = -1
     c.mesh.fsdp = 1

@@ -19,23 +19,42 @@ from llada_jax.noise import Scheme
 
 
 def preference_metrics(
-    params: Any, batch: Batch, reference: Array, *, model: LLaDA, settings: steps.Preference, num_segments: int
+    params: Any,
+    batch: Batch,
+    reference: Array,
+    *,
+    model: LLaDA,
+    settings: steps.Preference,
+    num_segments: int,
+    axis_name: str | None = None,
 ) -> dict[str, Mean]:
-    """Means over the pairs of a batch of all that `steps.score_pairs` gives; `reference` as there."""
+    """Means over the pairs of a batch of all that `steps.score_pairs` gives; `reference` as there.
+
+    `axis_name`: of a mapped axis that splits the rows of the batch; None where `batch` holds them all.
+    """
     metrics, is_pair = steps.score_pairs(
         params, batch, reference, model=model, settings=settings, num_segments=num_segments
     )
-    return {name: Mean.of(value, is_pair) for name, value in metrics.items()}
+    return {name: Mean.of(value, is_pair).over_devices(axis_name) for name, value in metrics.items()}
 
 
 def denoising_metrics(
-    params: Any, batch: Batch, *, model: LLaDA, scheme: Scheme, seed: int, num_segments: int, chunk: int = 0
+    params: Any,
+    batch: Batch,
+    *,
+    model: LLaDA,
+    scheme: Scheme,
+    seed: int,
+    num_segments: int,
+    chunk: int = 0,
+    axis_name: str | None = None,
 ) -> dict[str, Mean]:
-    """Mean over the samples of a batch of the ELBO in nats a response token."""
+    """Mean over the samples of a batch of the ELBO in nats a response token; `axis_name` as in `preference_metrics`."""
     drawn = steps.draw(batch, scheme, seed=seed, stream="evaluate", num_segments=num_segments)
     terms = steps.model_terms(model, params, batch, drawn, num_segments=num_segments, chunk=chunk)
     lengths = steps.segment_lengths(batch, num_segments)
-    return {"elbo_per_token": Mean.of(-losses.denoising_loss(terms.mean(0), lengths), lengths > 0)}
+    found = Mean.of(-losses.denoising_loss(terms.mean(0), lengths), lengths > 0)
+    return {"elbo_per_token": found.over_devices(axis_name)}
 
 
 def over_batches(metrics_of: Callable[[Batch], dict[str, Mean]], batches: Iterable[Batch]) -> dict[str, float]:

@@ -5,6 +5,7 @@ import contextlib
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
@@ -29,7 +30,8 @@ RULES = (
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
     """A mesh of all devices (or of `devices`); one size may be -1, which takes what is left.
 
-    Raises ValueError where the sizes do not multiply to the number of devices.
+    Over several TPU slices `data` crosses the network between them. Raises ValueError where the sizes do not multiply
+    to the number of devices, or where `data` does not divide by the slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
@@ -41,8 +43,15 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
         sizes[sizes.index(-1)] = len(devices) // known
     if int(np.prod(sizes)) != len(devices):
         raise ValueError(f"mesh sizes {asked} do not fit {len(devices)} devices: change config.mesh")
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if sizes[0] % slices:
+        raise ValueError(f"mesh.data={sizes[0]} is no multiple of the {slices} slices that it has to cross: change it")
     # Auto axes: linen's logical partitioning fails under the Explicit axes that make_mesh gives by default.
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    types = (AxisType.Auto,) * 3
+    if slices > 1:
+        within, across = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1)
+        return Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), AXES, axis_types=types)
+    return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
 
 
 def row_shards(mesh: Mesh) -> int:
@@ -68,5 +77,5 @@ def shardings(mesh: Mesh, boxed):
 @contextlib.contextmanager
 def use(mesh: Mesh):
     """Under it, the model's logical constraints mean this mesh."""
-    with mesh, nn.logical_axis_rules(RULES):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(RULES):
         yield

@@ -52,6 +52,14 @@ class Mean:
         between = shift**2 * self.count * other.count / jnp.maximum(count, 1)
         return Mean(self.total + other.total, count, self.squares + other.squares + between)
 
+    def over_devices(self, axis_name: str | None) -> "Mean":
+        """The Mean of the values of all devices along a mapped axis; None: of this one's alone."""
+        if axis_name is None:
+            return self
+        total, count = jax.lax.psum((self.total, self.count), axis_name)
+        shift = self.total / jnp.maximum(self.count, 1) - total / jnp.maximum(count, 1)
+        return Mean(total, count, jax.lax.psum(self.squares + self.count * shift**2, axis_name))
+
     @property
     def value(self):
         return self.total / self.count

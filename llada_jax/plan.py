@@ -5,14 +5,14 @@ import functools
 import itertools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
-from llada_jax import attention, convert, data, evaluate, noise, optim, steps
+from llada_jax import attention, convert, data, distributed, evaluate, noise, optim, steps
 from llada_jax import mesh as mesh_lib
 from llada_jax import model as model_lib
+from llada_jax import parallel as parallel_lib
 from llada_jax import tokenizer as tokenizer_lib
 from llada_jax.records import read_records
 
@@ -58,6 +58,10 @@ class Plan:
         return self.config.data.batch_rows // self.config.optimizer.accumulate
 
     @functools.cached_property
+    def parallel(self) -> parallel_lib.Parallel:
+        return parallel_lib.Parallel(self.config.parallelism, self.mesh)
+
+    @functools.cached_property
     def schedule(self):
         o = self.config.optimizer
         return optim.make_schedule(
@@ -85,7 +89,13 @@ def make_plan(config, workdir: epath.PathLike, *, dry_run: bool = False, devices
     c = config
     workdir = epath.Path(workdir).expanduser()
     _check_choices(c, dry_run)
+    distributed.check_joined()
     mesh = mesh_lib.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor, devices)
+    shares = parallel_lib.Parallel(c.parallelism, mesh)
+    if not dry_run:
+        _ = shares.shard  # says now whether each host can load its rows
+        distributed.check_same("the config or the workdir", f"{c.to_dict()} {workdir}")
+        distributed.check_shared(workdir)
     parts = mesh_lib.row_shards(mesh) * c.optimizer.accumulate
     for name, batch_rows in (("data.batch_rows", c.data.batch_rows), ("eval.batch_rows", c.eval.batch_rows)):
         parts = parts if name == "data.batch_rows" else mesh_lib.row_shards(mesh)
@@ -99,7 +109,9 @@ def make_plan(config, workdir: epath.PathLike, *, dry_run: bool = False, devices
     model = _model(c, mesh, tokenizer)
     rows = heldout = prompts = None
     if c.data.train and tokenizer:
-        rows, heldout = _rows(c, tokenizer, workdir)
+        cache_dir = epath.Path(c.data.cache_dir or workdir / "data").expanduser()
+        rows, heldout = distributed.once_per_disk(cache_dir, lambda: _rows(c, tokenizer, cache_dir))
+        distributed.check_same("the data", f"{rows.fingerprint} {heldout and heldout.fingerprint}")
     elif not dry_run:
         raise ValueError("data.train is not set: pass --config.data.train=jsonl:FILE (or tfds:, python:)")
     if c.solve.prompts:
@@ -145,8 +157,6 @@ def _check_choices(c, dry_run: bool):
         raise ValueError(f"data.heldout and data.holdout={c.data.holdout} both say what is held out: set one of them")
     if c.denoising.crop_probability and c.objective != "pretrain":
         raise ValueError(f"denoising.crop_probability={c.denoising.crop_probability} is for pretrain: set it to 0")
-    if jax.process_count() > 1:
-        raise ValueError(f"{jax.process_count()} hosts: the trainer runs on the devices of one host so far")
     if c.objective == "vrpo" and not c.init_from and not (dry_run and c.model.arch):
         raise ValueError("init_from is not set: VRPO starts from a trained model, pass --config.init_from=DIR")
 
@@ -154,7 +164,9 @@ def _check_choices(c, dry_run: bool):
 def _settings(c) -> steps.Preference | steps.Denoising:
     if c.objective == "vrpo":
         v = c.vrpo
-        scheme = noise.Scheme(v.n_t, v.n_yt, v.times, v.masks, v.weights)
+        scheme = noise.Scheme(
+            v.n_t, v.n_yt, v.times, v.masks, v.weights, pseudo_count=v.pseudo_count, share_in_pair=v.share_in_pair
+        )
         return steps.Preference(
             v.beta, v.kind, v.label_smoothing, v.sft_weight, v.share_noise, scheme, v.mc_chunk, c.seed
         )
@@ -201,6 +213,10 @@ def _model(c, mesh: Mesh, tokenizer: tokenizer_lib.Tokenizer | None) -> model_li
             f"data.row_length={c.data.row_length} is beyond the model's max_sequence_length="
             f"{config.max_sequence_length}: lower it"
         )
+    platform = mesh.devices.flat[0].platform
+    attention.choose(
+        c.model.attention, platform, length=c.data.row_length, head_size=config.head_size, dtype=c.model.dtype
+    )  # says now what an implementation asked for by name cannot do
     tensor = mesh.shape["tensor"]
     for name, axis in (("n_heads", tensor), ("n_kv_heads", tensor), ("mlp_hidden_size", tensor),
                        ("embedding_size", tensor), ("d_model", mesh.shape["fsdp"])):  # fmt: skip
@@ -233,14 +249,14 @@ def _tokenizer(c) -> tokenizer_lib.Tokenizer | None:
     return tokenizer_lib.load(path)
 
 
-def _rows(c, tokenizer, workdir: epath.Path) -> tuple[data.Rows, data.Rows | None]:
+def _rows(c, tokenizer, cache_dir: epath.Path) -> tuple[data.Rows, data.Rows | None]:
     d = c.data
     prepare = functools.partial(
         data.prepare,
         kind=KIND[c.objective],
         tokenizer=tokenizer,
         row_length=d.row_length,
-        cache_dir=d.cache_dir or workdir / "data",
+        cache_dir=cache_dir,
         template=d.template,
         append_eos=d.append_eos,
         answer_multiple=d.answer_multiple,
@@ -268,17 +284,46 @@ def _prompts(c, tokenizer, config: model_lib.ModelConfig) -> list:
     return prompts
 
 
+def pass_flops(plan: Plan) -> int:
+    """Floating-point operations of one forward pass over a whole batch and all its draws, by formula."""
+    c = plan.config
+    positions = c.data.batch_rows * c.data.row_length * plan.settings.scheme.n
+    return positions * model_lib.flops_per_token(plan.model.config, c.data.row_length)
+
+
+def forward_passes(plan: Plan, recomputed: bool = True) -> tuple[int, str]:
+    """The work of a step in forward passes, and what they are; not `recomputed`: without what saves memory only."""
+    passes, why = 3, "forward, backward"
+    if recomputed and plan.model.remat == "full":
+        passes, why = passes + 1, why + ", layers again"
+    if recomputed and plan.settings.mc_chunk not in (0, plan.settings.scheme.n):
+        passes, why = passes + 1, why + ", chunks again"
+    if plan.config.objective == "vrpo" and plan.config.vrpo.reference == "model":
+        passes, why = passes + 1, why + ", reference"
+    return passes, why
+
+
 def describe(plan: Plan) -> str:
     """Parameters, tokens, steps, FLOPs by formula and memory per device, a line each."""
     c, model = plan.config, plan.model
     count = model_lib.num_params(model.config)
     total = sum(count.values())
     length, batch_rows = c.data.row_length, c.data.batch_rows
+    hosts = len({device.process_index for device in plan.mesh.devices.flat})
     lines = [
-        f"objective       {c.objective} on {len(plan.mesh.devices.flat)} x {plan.mesh.devices.flat[0].device_kind}, "
-        f"mesh {', '.join(f'{k}={v}' for k, v in plan.mesh.shape.items())}",
+        f"objective       {c.objective} on {len(plan.mesh.devices.flat)} x {plan.mesh.devices.flat[0].device_kind}"
+        f"{f' of {hosts} hosts' if hosts > 1 else ''}, {c.parallelism} "
+        f"{', '.join(f'{k}={v}' for k, v in plan.mesh.shape.items())}",
         f"parameters      {total:,} ({count['layers']:,} without embedding and head)",
     ]
+    name, why = attention.choose(
+        model.attention,
+        plan.mesh.devices.flat[0].platform,
+        length=length,
+        head_size=model.config.head_size,
+        dtype=model.dtype,
+    )
+    lines.append(f"attention       {name}: {why}")
     for name, rows in (("train rows", plan.rows), ("held-out rows", plan.heldout)):
         if rows is not None:
             lines.append(f"{name:<15} {rows.stats}")
@@ -286,16 +331,8 @@ def describe(plan: Plan) -> str:
         lines.append("train rows      data.train is not set: pass --config.data.train=jsonl:FILE")
     if not c.init_from:
         lines.append(f"init_from       not set: {'pass --config.init_from=DIR' if c.objective == 'vrpo' else 'random'}")
-    forward = model_lib.flops_per_token(model.config, length)
-    chunk = plan.settings.mc_chunk or plan.settings.scheme.n
-    passes, why = 3, "forward, backward"
-    if model.remat == "full":
-        passes, why = passes + 1, why + ", layers again"
-    if chunk < plan.settings.scheme.n:
-        passes, why = passes + 1, why + ", chunks again"
-    if c.objective == "vrpo" and c.vrpo.reference == "model":
-        passes, why = passes + 1, why + ", reference"
-    flops = passes * forward * plan.settings.scheme.n * batch_rows * length
+    passes, why = forward_passes(plan)
+    flops = passes * pass_flops(plan)
     steps_text = f"{plan.num_steps:,}" if plan.num_steps else "unknown until data.train is set"
     if plan.rows is not None:
         steps_text += f" ({plan.num_steps * batch_rows / len(plan.rows):.2f} epochs)"
@@ -305,15 +342,15 @@ def describe(plan: Plan) -> str:
         f"steps           {steps_text}, each {batch_rows} rows x {length} = {batch_rows * length:,} positions, "
         f"{plan.settings.scheme.n} draws",
         f"FLOPs a step    {flops:.3g} by formula ({passes} forward passes' worth: {why})",
-        *_memory(plan, total, chunk),
+        *_memory(plan, total),
     ]
     return "\n".join(lines)
 
 
-def _memory(plan: Plan, total: int, chunk: int) -> list[str]:
+def _memory(plan: Plan, total: int) -> list[str]:
     """Bytes on a device by formula: exact for what the state holds, an estimate for activations."""
     c, model, shape = plan.config, plan.model, plan.mesh.shape
-    width = model.config
+    width, chunk = model.config, plan.settings.mc_chunk or plan.settings.scheme.n
     weight, act = jnp.dtype(c.model.param_dtype).itemsize, jnp.dtype(c.model.dtype).itemsize
     shards = shape["fsdp"] * shape["tensor"]
     rows = c.data.batch_rows // mesh_lib.row_shards(plan.mesh) // c.optimizer.accumulate * chunk
@@ -321,7 +358,7 @@ def _memory(plan: Plan, total: int, chunk: int) -> list[str]:
     boundary = positions * width.d_model * act  # what a layer gets from the one before
     inner = positions * act * (6 * width.d_model + 3 * width.mlp_hidden_size) // shape["tensor"]
     kept = {"none": inner, "dots": inner // 2, "full": 0}[model.remat]
-    logits = rows * min(c.model.logps_chunk, c.data.row_length) * width.embedding_size * 4 // shape["tensor"]
+    logits = positions * min(c.model.logps_chunk, width.embedding_size) * 4 // shape["tensor"]
     sizes = {
         "parameters": total * weight / shards,
         "Adam moments": 2 * total * weight / shards,

@@ -8,8 +8,10 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 
+import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
 from llada_jax.batch import Batch
 
@@ -30,7 +32,7 @@ class ReferenceCache:
 
     def fill(
         self,
-        terms_of: Callable[[Batch], np.ndarray],
+        terms_of: Callable[[Batch], tuple[np.ndarray, np.ndarray]],
         batches_of: Callable[[int, int], Iterable[Batch]],
         *,
         batch_rows: int,
@@ -39,26 +41,32 @@ class ReferenceCache:
     ):
         """Computes what is not on disk yet, `block` batches a file, so that an interrupted run continues.
 
-        `batches_of(epoch, start)` yields the dataset's padded batches in order from row `start`, `terms_of(batch)`
-        their terms [r, n, s]. `progress(rows done, rows in all)` is called after each batch.
+        `batches_of(epoch, start)` yields this host's share of the dataset's padded batches in order from row `start`;
+        `terms_of(batch)` gives the row_ids [r] and terms [r, n, s] of the whole batch, all hosts' rows in any order.
+        `progress(rows done, rows in all)` is called after each batch. Every host gets all terms; the first one reads
+        and writes the files.
         """
         num_rows = self._terms.shape[1]
-        self._directory.mkdir(parents=True, exist_ok=True)
-        (self._directory / "identity.json").write_text(json.dumps(self._identity, indent=1))
+        is_first = jax.process_index() == 0
+        if is_first:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            (self._directory / "identity.json").write_text(json.dumps(self._identity, indent=1))
         for epoch in range(self._epochs):
             for start in range(0, num_rows, block * batch_rows):
                 stop = min(start + block * batch_rows, num_rows)
                 path = self._directory / f"epoch{epoch:04d}_row{start:09d}.npy"
                 part = self._terms[epoch, start:stop]
-                if (known := _read(path, part.shape)) is not None:
+                known = _of_first_host(_read(path, part.shape) if is_first else None, part.shape)
+                if known is not None:
                     part[:] = known
                 else:
                     for first, batch in zip(range(start, stop, batch_rows), batches_of(epoch, start), strict=False):
-                        rows = min(batch_rows, stop - first)
-                        part[first - start : first - start + rows] = terms_of(batch)[:rows]
+                        row_ids, terms = terms_of(batch)
+                        part[row_ids[row_ids >= 0] - start] = terms[row_ids >= 0]
                         if progress:
-                            progress(epoch * num_rows + first + rows, self._epochs * num_rows)
-                    _write(path, part)
+                            progress(epoch * num_rows + min(first + batch_rows, stop), self._epochs * num_rows)
+                    if is_first:
+                        _write(path, part)
 
     def __getitem__(self, batch: Batch) -> np.ndarray:
         """The terms [r, n, s] of a batch; 0 for rows of padding. ValueError for a row that was never computed."""
@@ -71,6 +79,15 @@ class ReferenceCache:
         if np.isnan(terms).any():
             raise ValueError(f"rows {batch.row_ids.tolist()} of epochs {batch.epochs.tolist()} are not in the cache")
         return terms
+
+
+def _of_first_host(known: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray | None:
+    """What the first host read, on every host."""
+    if jax.process_count() == 1:
+        return known
+    if not multihost_utils.broadcast_one_to_all(np.asarray(known is not None)):
+        return None
+    return multihost_utils.broadcast_one_to_all(np.zeros(shape, np.float32) if known is None else known)
 
 
 def _read(path: epath.Path, shape: tuple[int, ...]) -> np.ndarray | None:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
@@ -271,6 +272,8 @@ def sample_responses(
     out = np.zeros((len(prompts), gen_length), np.int32)
 
     def collect(first, tokens):
+        if not (tokens.is_fully_addressable or tokens.is_fully_replicated):  # other hosts hold some of the rows
+            tokens = multihost_utils.process_allgather(tokens, tiled=True)
         out[first : first + batch_size] = np.asarray(tokens)[: len(prompts) - first, width:]
         if progress:
             progress(min(first + batch_size, len(prompts)), len(prompts))

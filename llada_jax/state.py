@@ -33,10 +33,12 @@ def _create(model: LLaDA, tx: optax.GradientTransformation):
 
 def abstract_state(model: LLaDA, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, types and shardings of the state, without an array: what restoring and compiling need."""
-    boxed = jax.eval_shape(_create(model, tx), jax.random.key(0))
-    shardings = mesh_lib.shardings(mesh, boxed)
+    create, key = _create(model, tx), jax.random.key(0)
+    shardings = mesh_lib.shardings(mesh, jax.eval_shape(create, key))
     return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), nn.unbox(boxed), shardings
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(lambda k: nn.unbox(create(k)), key),
+        shardings,
     )
 
 

@@ -1,62 +1,49 @@
 """The trainer: python -m llada_jax.train --config=FILE [--config.x=y] --workdir=DIR [--dry_run].
 
 The same command continues a run that was stopped. `plan.py` decides everything before the first array; `train` runs it.
+On several hosts the same command runs on each (`distributed.initialize` says how they find each other).
 """
 
 import functools
 import json
 import math
 import os
-import signal
 import sys
+import traceback
 
 import jax
-import numpy as np
 from absl import app, flags, logging
-from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from llada_jax import checkpoint, convert, data, evaluate, metrics, noise, reference, state, steps
+from llada_jax import checkpoint, convert, data, distributed, evaluate, metrics, noise, reference, state, steps
 from llada_jax import mesh as mesh_lib
 from llada_jax.plan import Plan, describe, make_plan
 
 STOPPED = 143  # exit status after SIGTERM or SIGINT, the state being saved
 
 
-class _Stop:
-    """SIGTERM and SIGINT ask to save and end after the step under way; a second one ends at once."""
-
-    def __init__(self):
-        self.asked = False
-        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
-
-    def _ask(self, number, frame):
-        self.asked = True
-        self.restore()
-
-    def restore(self):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
 def train(plan: Plan) -> int:
     """Runs a plan to its end, or to a signal; returns the exit status."""
     c = plan.config
-    stop = _Stop()
+    stop = distributed.Stop()
     try:
-        with mesh_lib.use(plan.mesh), checkpoint.Checkpoints(plan.workdir / "checkpoints", c.checkpoint.keep) as saved:
+        with plan.parallel.use(), checkpoint.Checkpoints(plan.workdir / "checkpoints", c.checkpoint.keep) as saved:
             return _train(plan, saved, stop)
+    except distributed.Stopped:  # before the first update: there is nothing new to save
+        distributed.say("stopped in the reference's terms or the evaluation at the start; the same command continues")
+        return STOPPED
     finally:
         stop.restore()
 
 
-def _train(plan: Plan, saved: checkpoint.Checkpoints, stop: _Stop) -> int:
+def _train(plan: Plan, saved: checkpoint.Checkpoints, stop: distributed.Stop) -> int:
     c = plan.config
     abstract = state.abstract_state(plan.model, plan.tx, plan.mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     restored = saved.restore(abstract)
     if restored is None:
-        _write_model_folder(plan)
+        if distributed.is_first():
+            _write_model_folder(plan)
         params = None
         if c.init_from:
             params = convert.load(c.init_from, c.model.param_dtype, shardings.params)[1]
@@ -67,10 +54,10 @@ def _train(plan: Plan, saved: checkpoint.Checkpoints, stop: _Stop) -> int:
     else:
         current, extra = restored
         history, next_index = extra["evaluations"], extra["next_index"]
-        print(f"continuing from step {int(current.step)} of {plan.num_steps} in {plan.workdir}", flush=True)
+        distributed.say(f"continuing from step {int(current.step)} of {plan.num_steps} in {plan.workdir}")
     start = int(current.step)
 
-    policy_reference = _Reference(plan, shardings.params) if c.objective == "vrpo" else None
+    policy_reference = _Reference(plan, shardings.params, stop) if c.objective == "vrpo" else None
     # What a run may not change in the middle.
     identity = {
         "data": plan.rows.fingerprint,
@@ -83,8 +70,9 @@ def _train(plan: Plan, saved: checkpoint.Checkpoints, stop: _Stop) -> int:
             "config and files, or give another --workdir"
         )
     update = jit_update(plan, shardings)
-    evaluations = _Evaluation(plan, policy_reference)
-    loader = data.loader(plan.rows, batch_rows=c.data.batch_rows, seed=c.seed, start=next_index)
+    evaluations = _Evaluation(plan, policy_reference, stop)
+    loader = _loader(plan, plan.rows, batch_rows=c.data.batch_rows, seed=c.seed, start=next_index)
+    hosts = plan.parallel.shard[1]
     show = ("loss", "rewards/accuracies", "rewards/margins") if c.objective == "vrpo" else ("loss",)
 
     def save(step):
@@ -117,7 +105,7 @@ def _train(plan: Plan, saved: checkpoint.Checkpoints, stop: _Stop) -> int:
             history.append({"step": step, **found})
             if found:
                 writer.write(step, {f"eval/{name}": value for name, value in found.items()})
-                print(f"evaluation at step {step}: {_shown(found)}", flush=True)
+                distributed.say(f"evaluation at step {step}: {_shown(found)}")
 
         # Unless it is in the history: a run that was stopped went without the evaluation of its last step.
         if is_due(start) and (not history or history[-1]["step"] < start):
@@ -125,66 +113,67 @@ def _train(plan: Plan, saved: checkpoint.Checkpoints, stop: _Stop) -> int:
         pending = None
         for step in range(start + 1, plan.num_steps + 1):
             batch = next(loader)
-            counts = {"tokens": int((batch.segment_ids > 0).sum())}
+            # For the rates alone, so this host's share speaks for the others.
+            counts = {"tokens": hosts * int((batch.segment_ids > 0).sum())}
             extra_input = () if policy_reference is None else (policy_reference.of(batch),)
-            current, values = update(current, _put(batch, plan.mesh), *extra_input)
+            current, values = update(current, plan.parallel.put(batch), *extra_input)
             if c.objective == "vrpo":
-                counts["pairs"] = _count_pairs(batch)
+                counts["pairs"] = hosts * _count_pairs(batch)
             # House rule 4: the metrics of the step before are read while this one runs.
             if pending:
                 log(*pending)
             pending = (step, values, counts)
-            stopping = stop.asked  # read once: the signal may come between two lines
+            stopping = stop.agreed()  # read once: the signal may come between two lines
             saving = step == plan.num_steps or stopping or step % c.checkpoint.every == 0
             if is_due(step) or saving:  # what a checkpoint holds is logged and finite
                 log(*pending)
                 pending = None
             if is_due(step) and not stopping:
-                run_evaluations(step)
+                try:
+                    run_evaluations(step)
+                except distributed.Stopped:  # the run that continues begins with this evaluation
+                    stopping = saving = True
             if saving:
                 save(step)
             if stopping:
                 saved.wait()
-                print(f"stopped at step {step} of {plan.num_steps}; the same command continues", flush=True)
+                distributed.say(f"stopped at step {step} of {plan.num_steps}; the same command continues")
                 return STOPPED
     saved.wait()
-    _print_result(plan, history)
+    if distributed.is_first():
+        _print_result(plan, history)
     return 0
 
 
 def jit_update(plan: Plan, shardings):
     """The compiled step of a plan, (state, batch, ...) -> (state, metrics), its state donated."""
     c = plan.config
+    extra_rows = ()
     common = {
         "model": plan.model,
         "tx": plan.tx,
         "settings": plan.settings,
         "num_segments": plan.num_segments,
         "accumulate": c.optimizer.accumulate,
+        "axis_name": plan.parallel.axis_name,
     }
     if c.objective == "vrpo":
-        step = functools.partial(steps.vrpo_step, cached=c.vrpo.reference == "cached", **common)
+        cached = c.vrpo.reference == "cached"
+        extra_rows = (cached,)  # terms of each row, or parameters
+        step = functools.partial(steps.vrpo_step, cached=cached, **common)
     else:
         step = functools.partial({"sft": steps.sft_step, "pretrain": steps.pretrain_step}[c.objective], **common)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, mesh_lib.replicated(plan.mesh)))
+    out_shardings = (shardings, mesh_lib.replicated(plan.mesh))
+    return plan.parallel.jit(step, (False, True, *extra_rows), out_rows=False, out_shardings=out_shardings, donate=0)
 
 
 class _Reference:
     """The reference policy as `vrpo_step` and the evaluation want it: parameters, or cached terms of a batch."""
 
-    def __init__(self, plan: Plan, shardings):
+    def __init__(self, plan: Plan, shardings, stop: distributed.Stop):
         c = plan.config
-        self._plan = plan
+        self._plan, self._stop = plan, stop
         self._settings = {"train": plan.settings, "heldout": plan.eval_settings}
-        self._terms = {
-            which: jax.jit(
-                functools.partial(
-                    steps.reference_terms, model=plan.model, settings=settings, num_segments=plan.num_segments
-                ),
-                out_shardings=mesh_lib.rows(plan.mesh),
-            )
-            for which, settings in self._settings.items()
-        }
         dtype = c.vrpo.reference_dtype or c.model.param_dtype
         self._params = convert.load(c.vrpo.reference_from or c.init_from, dtype, shardings)[1]
         self.fingerprint = checkpoint.fingerprint(self._params)
@@ -200,6 +189,18 @@ class _Reference:
         plan, settings = self._plan, self._settings[which]
         batch_rows = plan.rows_at_once
         noise_settings = (settings.scheme, settings.share_noise, settings.seed, settings.stream)
+        terms_fn = self._terms_fn(which)
+        gathered = plan.parallel.jit(
+            lambda params, batch: (batch.row_ids, terms_fn(params, batch)),
+            (False, True),
+            out_rows=True,
+            out_shardings=mesh_lib.replicated(plan.mesh),
+        )
+
+        def terms_of(batch):
+            self._stop.check()
+            return jax.device_get(gathered(self._params, plan.parallel.put(batch)))
+
         cache = reference.ReferenceCache(
             plan.workdir / "reference",
             {
@@ -215,13 +216,13 @@ class _Reference:
 
         def batches_of(epoch, start):
             index = epoch * len(rows) + start
-            return data.loader(
-                rows, batch_rows=batch_rows, seed=0, shuffle=False, epochs=epoch + 1, start=index, pad=True
+            return _loader(
+                plan, rows, batch_rows=batch_rows, seed=0, shuffle=False, epochs=epoch + 1, start=index, pad=True
             )
 
         with metrics.Progress(epochs * len(rows), unit="reference row", show=()) as progress:
             cache.fill(
-                lambda batch: np.asarray(self._terms[which](self._params, _put(batch, plan.mesh))),
+                terms_of,
                 batches_of,
                 batch_rows=batch_rows,
                 progress=lambda done, _: progress.update(done),
@@ -236,29 +237,46 @@ class _Reference:
         """Terms of the reference for a held-out batch, at the masks of the evaluation."""
         if self._params is None:
             return self._cached("heldout", batch)
-        return self._terms["heldout"](self._params, _put(batch, self._plan.mesh))
+        return self._heldout_terms(self._params, self._plan.parallel.put(batch))
+
+    @functools.cached_property
+    def _heldout_terms(self):
+        sharding = mesh_lib.rows(self._plan.mesh)
+        return self._plan.parallel.jit(
+            self._terms_fn("heldout"), (False, True), out_rows=True, out_shardings=sharding
+        )
+
+    def _terms_fn(self, which: str):
+        return functools.partial(
+            steps.reference_terms,
+            model=self._plan.model,
+            settings=self._settings[which],
+            num_segments=self._plan.num_segments,
+        )
 
     def _cached(self, which: str, batch) -> jax.Array:
-        return jax.device_put(self._caches[which][batch], mesh_lib.rows(self._plan.mesh))
+        return self._plan.parallel.put(self._caches[which][batch])
 
 
 class _Evaluation:
     """The held-out metrics of a plan, compiled once."""
 
-    def __init__(self, plan: Plan, policy_reference: _Reference | None):
-        self._plan, self._reference = plan, policy_reference
-        kwargs = {"model": plan.model, "num_segments": plan.num_segments}
+    def __init__(self, plan: Plan, policy_reference: _Reference | None, stop: distributed.Stop):
+        self._plan, self._reference, self._stop = plan, policy_reference, stop
+        rows = (False, True)
+        kwargs = {"model": plan.model, "num_segments": plan.num_segments, "axis_name": plan.parallel.axis_name}
         if policy_reference is None:
-            scheme = noise.Scheme(plan.config.eval.n_t or 8)
-            self._metrics = jax.jit(
-                # One draw at a time: the memory of training may be that of one.
-                functools.partial(evaluate.denoising_metrics, scheme=scheme, seed=plan.config.seed, chunk=1, **kwargs)
-            )
+            # One draw at a time: the memory of training may be that of one.
+            kwargs |= {"scheme": noise.Scheme(plan.config.eval.n_t or 8), "seed": plan.config.seed, "chunk": 1}
+            function = functools.partial(evaluate.denoising_metrics, **kwargs)
         else:
-            settings = plan.eval_settings
-            self._metrics = jax.jit(functools.partial(evaluate.preference_metrics, settings=settings, **kwargs))
+            rows += (True,)
+            function = functools.partial(evaluate.preference_metrics, settings=plan.eval_settings, **kwargs)
+        out_shardings = mesh_lib.replicated(plan.mesh)
+        self._metrics = plan.parallel.jit(function, rows, out_rows=False, out_shardings=out_shardings)
 
     def run(self, params) -> dict[str, float]:
+        """The metrics of these parameters; raises Stopped where the run is asked to stop meanwhile."""
         plan = self._plan
         c = plan.config
         found = {}
@@ -266,11 +284,12 @@ class _Evaluation:
             batch_rows = c.eval.batch_rows or plan.rows_at_once
 
             def metrics_of(batch):
+                self._stop.check()
                 terms = () if self._reference is None else (self._reference.terms(batch),)
-                return self._metrics(params, _put(batch, plan.mesh), *terms)
+                return self._metrics(params, plan.parallel.put(batch), *terms)
 
-            batches = data.loader(
-                plan.heldout, batch_rows=batch_rows, seed=c.seed, shuffle=False, epochs=1, pad=True
+            batches = _loader(
+                plan, plan.heldout, batch_rows=batch_rows, seed=c.seed, shuffle=False, epochs=1, pad=True
             )
             found |= evaluate.over_batches(metrics_of, batches)
         if plan.prompts:
@@ -281,6 +300,7 @@ class _Evaluation:
                 evaluate.load_scorer(c.solve.scorer),
                 template=c.data.template,
                 batch_size=c.solve.batch_size,
+                progress=lambda done, count: self._stop.check(),
                 gen_length=c.solve.gen_length,
                 steps=c.solve.steps,
                 block_length=c.solve.block_length,
@@ -292,10 +312,10 @@ class _Evaluation:
         return found
 
 
-def _put(batch, mesh: Mesh):
-    """A host's part of a batch as global arrays, rows over data and fsdp."""
-    sharding = mesh_lib.rows(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+def _loader(plan: Plan, rows: data.Rows, **settings):
+    """This host's share of every batch."""
+    index, count = plan.parallel.shard
+    return data.loader(rows, shard_index=index, shard_count=count, **settings)
 
 
 def _count_pairs(batch) -> int:
@@ -347,19 +367,22 @@ def main(argv):
     if len(argv) > 1:
         sys.exit(f"error: unexpected argument {argv[1]!r}; settings are --config.name=value")
     try:
+        distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         config = _CONFIG.value
         config.lock()
         plan = make_plan(config, _WORKDIR.value, dry_run=_DRY_RUN.value)
-        print(describe(plan), flush=True)
+        distributed.say(describe(plan))
         if _DRY_RUN.value:
             return
         status = train(plan)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         _fail(error)
+    except Exception:
+        distributed.fail(traceback.format_exc())
     sys.exit(status)
 
 
-def _parse_flags(argv):
+def parse_flags(argv):
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError, TypeError, OSError, ImportError, ValueError) as error:
@@ -370,18 +393,21 @@ def _parse_flags(argv):
 def _fail(error: BaseException):
     """Ends with the error in one line, or, under LLADA_JAX_TRACEBACK=1, with all of it."""
     if os.environ.get("LLADA_JAX_TRACEBACK"):
-        raise error
+        distributed.fail("".join(traceback.format_exception(error)))
     while error.args and isinstance(error.args[0], BaseException):
         error = error.args[0]
     text = f"the config has no key {error.args[0]}" if isinstance(error, KeyError) else error
-    sys.exit(f"error: {' '.join(str(text).split())}")
+    distributed.fail(f"error: {' '.join(str(text).split())}")
 
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config().", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and packed data go; the run's identity.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Validate, print what would run, and end.")
+_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "Several processes: HOST:PORT of process 0.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Several processes: how many.", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several processes: which one this is.", lower_bound=0)
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
     logging.set_verbosity(logging.WARNING)
-    app.run(main, flags_parser=_parse_flags)
+    app.run(main, flags_parser=parse_flags)

@@ -154,7 +154,7 @@ def count_models(patch):
     def alive():
         return sum(x.shape == (16, 16) and x.dtype == np.float32 for x in jax.live_arrays())
 
-    before, found, jit_update = alive(), [], train._jit_update
+    before, found, jit_update = alive(), [], train.jit_update
 
     def counting(*args):
         update = jit_update(*args)
@@ -165,7 +165,7 @@ def count_models(patch):
 
         return counted
 
-    patch.setattr(train, "_jit_update", counting)
+    patch.setattr(train, "jit_update", counting)
     return found
 
 
@@ -232,6 +232,10 @@ def test_another_mesh_takes_the_same_steps(vrpo, vrpo_run, tmp_path):
 def test_a_cached_reference_takes_the_same_steps(vrpo, vrpo_run, tmp_path, monkeypatch):
     cached = vrpo | {"vrpo.reference": "cached"}
     with monkeypatch.context() as patch:
+        signal_at(patch, train.reference, "_write", calls=1)  # the fill obeys, and the next run keeps the first file
+        assert run(cached, tmp_path) == train.STOPPED
+        assert len(list(tmp_path.glob("reference/*/*.npy"))) == 1
+    with monkeypatch.context() as patch:
         copies = count_models(patch)
         stop_after(patch, 3)
         assert run(cached, tmp_path) == train.STOPPED
@@ -258,6 +262,19 @@ def stop_after(patch, step):
             signal.raise_signal(signal.SIGTERM)
 
     patch.setattr(metrics.Writer, "write", writing)
+
+
+def signal_at(patch, module, name, calls):
+    """SIGTERM at so many calls of a function."""
+    function, made = getattr(module, name), []
+
+    def calling(*args):
+        made.append(name)
+        if len(made) == calls:
+            signal.raise_signal(signal.SIGTERM)
+        return function(*args)
+
+    patch.setattr(module, name, calling)
 
 
 class Killed(BaseException):
@@ -297,9 +314,22 @@ def test_a_run_that_is_stopped_in_every_way_takes_the_same_steps(sft, tmp_path, 
     assert_same_params(tmp_path, sft)
 
 
+def test_a_signal_during_an_evaluation_is_obeyed(sft, tmp_path, monkeypatch, capsys):
+    # In the middle of the run, and again at the start of the next, which begins with the same evaluation.
+    for calls, said in ((2, f"stopped at step 3 of {NUM_STEPS}"), (1, "the evaluation at the start")):
+        with monkeypatch.context() as patch:
+            signal_at(patch, train.evaluate, "over_batches", calls)
+            assert run(SFT, tmp_path) == train.STOPPED
+        printed = capsys.readouterr().out
+        assert said in printed and "evaluation at step 3" not in printed
+        assert (tmp_path / "checkpoints" / "3").is_dir()
+    assert run(SFT, tmp_path) == 0
+    assert without_rates(tmp_path) == without_rates(sft)
+
+
 def test_a_finished_run_only_prints_its_result(sft, monkeypatch, capsys):
     before = (sft / "metrics.jsonl").read_text()
-    monkeypatch.setattr(train, "_jit_update", lambda *args: None)
+    monkeypatch.setattr(train, "jit_update", lambda *args: None)
     assert run(SFT, sft) == 0
     printed = capsys.readouterr().out
     assert f"done: {NUM_STEPS} steps" in printed and "share of the errors removed" in printed
@@ -315,7 +345,7 @@ def test_a_resumed_run_goes_on_where_the_data_stood(sft, monkeypatch):
 
 
 def test_other_data_cannot_continue_a_run(sft, monkeypatch):
-    monkeypatch.setattr(train, "_jit_update", None)  # an error before that
+    monkeypatch.setattr(train, "jit_update", None)  # an error before that
     with pytest.raises(ValueError, match="was trained with other data up to step .*--workdir") as e:
         run(SFT | {"data.train": "python:llada_jax.sudoku:records?count=51"}, sft)
     assert "\n" not in str(e.value)
@@ -330,7 +360,7 @@ def test_what_is_not_finite_ends_the_run(tmp_path, monkeypatch, name, value):
         values = {"loss": 1.0, "grad_norm": 1.0} | ({name: value} if current.step == 3 else {})
         return current.replace(step=current.step + 1), values
 
-    monkeypatch.setattr(train, "_jit_update", lambda *args: update)
+    monkeypatch.setattr(train, "jit_update", lambda *args: update)
     changes = SFT | {"solve.prompts": "", "data.holdout": 0.0}
     with pytest.raises(FloatingPointError, match=f"the {name} at step 4 is {value}: lower optimizer.peak") as e:
         run(changes, tmp_path)

@@ -1,0 +1,259 @@
+"""Many hosts as one: starting jax.distributed, stopping at the same step, one packing a disk, one error for all."""
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+T = TypeVar("T")
+_EXPLICIT = {
+    "coordinator_address": "JAX_COORDINATOR_ADDRESS",
+    "num_processes": "JAX_NUM_PROCESSES",
+    "process_id": "JAX_PROCESS_ID",
+}
+
+
+# ---- start and end
+
+
+def initialize(coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None):
+    """Joins this process to the others of the run, before anything asks JAX for its devices.
+
+    What is None is taken from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; where those are not set
+    either, from the platform (TPU pod, GKE, Slurm, Open MPI), as `jax.distributed.initialize` finds it. One process
+    with nothing of it stays alone. ValueError where one of the three is given and another is not.
+    """
+    given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
+    for name, variable in _EXPLICIT.items():
+        if given[name] is None and (text := os.environ.get(variable)):
+            given[name] = text if name == "coordinator_address" else _number(variable, text)
+    known = {name: value for name, value in given.items() if value is not None}
+    if known and len(known) < len(given):
+        missing = " and ".join(f"--{name} (or {_EXPLICIT[name]})" for name in given if name not in known)
+        raise ValueError(f"{', '.join(f'{k}={v}' for k, v in known.items())} without {missing}: give all three or none")
+    if known:
+        if not 0 <= given["process_id"] < given["num_processes"]:
+            raise ValueError(
+                f"process_id={given['process_id']} is not one of num_processes={given['num_processes']}: count from 0"
+            )
+        if ":" not in given["coordinator_address"]:
+            raise ValueError(f"coordinator_address={given['coordinator_address']} has no port: give HOST:PORT")
+        # Every device of the host belongs to this process; a Slurm job around it is not asked.
+        _join(**given, cluster_detection_method="deactivate")
+    elif _platform_has_many():
+        _join()
+    elif _is_tpu_vm():
+        try:
+            _join()
+        except (ValueError, RuntimeError, OSError) as error:  # a TPU of one host may have no metadata of a pod
+            logging.warning("No TPU pod found (%s); going on as one host.", error)
+
+
+def _join(**settings):
+    # On CPU, collectives of several programs under way at once can wait for each other across processes.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    jax.distributed.initialize(**settings)
+
+
+def check_joined():
+    """ValueError where JAX counts several processes that `initialize` did not join."""
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise ValueError(
+            f"{jax.process_count()} processes and no coordinator: pass --coordinator_address, --num_processes and "
+            "--process_id"
+        )
+
+
+def _number(name: str, text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError(f"{name}={text} is no number: set it to one, or unset it")
+    return int(text)
+
+
+def _platform_has_many() -> bool:
+    """Whether Slurm, Open MPI or GKE started several processes, by what jax.distributed looks at."""
+    env = os.environ
+    slurm = "SLURM_STEP_NODELIST" in env and "SLURM_PROCID" in env and env.get("SLURM_NTASKS", "1") != "1"
+    mpi = "OMPI_MCA_orte_hnp_uri" in env and env.get("OMPI_COMM_WORLD_SIZE", "1") != "1"
+    hosts = env.get("TPU_PROCESS_ADDRESSES", env.get("TPU_WORKER_HOSTNAMES", ""))
+    return slurm or mpi or "," in hosts or env.get("MEGASCALE_NUM_SLICES", "1") not in ("", "1")
+
+
+def _is_tpu_vm() -> bool:
+    if "TPU_SKIP_MDS_QUERY" in os.environ or os.environ.get("JAX_PLATFORMS", "tpu").find("tpu") < 0:
+        return False
+    devices = any(pathlib.Path("/dev").glob("accel[0-9]*")) or any(pathlib.Path("/dev/vfio").glob("[0-9]*"))
+    return devices and importlib.util.find_spec("libtpu") is not None
+
+
+def is_first() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return jax.process_index() == 0
+
+
+def say(text: str):
+    """Prints a line, on the first process only."""
+    if is_first():
+        print(text, flush=True)
+
+
+def fail(text: str):
+    """Ends this process with a line and status 1.
+
+    One of several does not end in the ordinary way, where JAX would wait for the others, which may be waiting for it.
+    """
+    if not jax.distributed.is_initialized():
+        sys.exit(text)
+    print(text, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    time.sleep(5)  # those with the same error can say so, instead of complaining that this one is gone
+    os._exit(1)
+
+
+# ---- stopping together
+
+
+class Stopped(Exception):
+    """The run was asked to stop, on all hosts."""
+
+
+class Stop:
+    """SIGTERM and SIGINT, to any host, ask all to stop at the same point; a second one ends that process at once."""
+
+    def __init__(self):
+        self.asked = False
+        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        self._answer = None
+        if jax.process_count() > 1:
+            mesh = Mesh(np.asarray(jax.devices()), ("device",))
+            self._split = NamedSharding(mesh, PartitionSpec("device"))
+            self._any = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def _ask(self, number, frame):
+        self.asked = True
+        self.restore()
+
+    def restore(self):
+        for number, handler in self._before.items():
+            # None: it was not set from Python, as the one that jax.distributed installs.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def agreed(self) -> bool:
+        """Whether to stop here: the same answer on all hosts, if all ask equally often.
+
+        Among several, the question goes out behind the work under way and is read when this is called the next time:
+        the devices never wait for it.
+        """
+        if jax.process_count() == 1:
+            return self.asked
+        answer, mine = self._answer, np.full(jax.local_device_count(), self.asked)
+        self._answer = self._any(jax.make_array_from_process_local_data(self._split, mine))
+        return answer is not None and bool(answer)
+
+    def check(self):
+        """Raises Stopped where `agreed` says so."""
+        if self.agreed():
+            raise Stopped
+
+
+# ---- agreement about files and settings
+
+
+def check_same(what: str, text: str):
+    """ValueError on all hosts where they do not give the same text."""
+    if jax.process_count() == 1:
+        return
+    mine = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+    found = multihost_utils.process_allgather(mine)
+    differ = [process for process in range(len(found)) if not np.array_equal(found[process], found[0])]
+    if differ:
+        raise ValueError(f"{what} of processes {differ} differs from that of process 0: start all with the same")
+
+
+def sharing(directory: epath.PathLike) -> list[int]:
+    """The processes that see the same files in a directory as this one, by each leaving a mark there."""
+    if jax.process_count() == 1:
+        return [0]
+    directory = epath.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    name = f".{_nonce()}.process"
+    mark = directory / f"{name}{jax.process_index()}"
+    mark.touch()
+    multihost_utils.sync_global_devices("marks are there")
+    found = sorted(int(path.name.removeprefix(name)) for path in directory.glob(f"{name}*"))
+    multihost_utils.sync_global_devices("marks are seen")
+    mark.unlink()
+    return found
+
+
+def check_shared(directory: epath.PathLike):
+    """ValueError where not all hosts see the same files in a directory."""
+    seen = sharing(directory)
+    if len(seen) < jax.process_count():
+        raise ValueError(
+            f"{directory} is not the same on all hosts (process {jax.process_index()} shares it with {seen} of "
+            f"{jax.process_count()}): give a --workdir on a shared file system or gs://"
+        )
+
+
+def once_per_disk(directory: epath.PathLike, make: Callable[[], T]) -> T:
+    """`make()`, on one process of each disk first and, when it is done there, on the others, who find its files.
+
+    An error on one disk is a ValueError on every process that waits there.
+    """
+    if jax.process_count() == 1:
+        return make()
+    first, *others = sharing(directory)
+    directory, nonce = epath.Path(directory), _nonce()
+    outcome, read = directory / f".{nonce}.outcome{first}", f".{nonce}.read"
+    if jax.process_index() == first:
+        error = "the process that prepares it was stopped"
+        try:
+            made = make()
+            error = ""
+            return made
+        except (ValueError, OSError) as failure:
+            error = str(failure)
+            raise
+        finally:
+            if others:
+                # Renamed when whole, so that nobody reads half of it.
+                partial = outcome.with_name(outcome.name + ".part")
+                partial.write_text(error)
+                partial.rename(outcome)
+                _wait(lambda: len(list(directory.glob(f"{read}*"))) == len(others), seconds=60)
+                for path in (outcome, *directory.glob(f"{read}*")):
+                    with contextlib.suppress(FileNotFoundError):
+                        path.unlink()
+    _wait(outcome.exists)
+    error = outcome.read_text()
+    (directory / f"{read}{jax.process_index()}").touch()
+    if error:
+        raise ValueError(error)
+    return make()
+
+
+def _nonce() -> str:
+    """The same new name on all processes."""
+    mine = np.frombuffer(os.urandom(8), np.uint32)
+    return "".join(f"{int(word):08x}" for word in multihost_utils.broadcast_one_to_all(mine))
+
+
+def _wait(done: Callable[[], bool], seconds: float = float("inf")):
+    until = time.monotonic() + seconds
+    while not done() and time.monotonic() < until:
+        time.sleep(0.05)

@@ -1,0 +1,83 @@
+"""How processes find each other: flags, environment, platform; what is incomplete is refused."""
+
+import jax
+import pytest
+
+from llada_jax import distributed
+
+CLEAN = (
+    "JAX_COORDINATOR_ADDRESS JAX_NUM_PROCESSES JAX_PROCESS_ID SLURM_STEP_NODELIST SLURM_PROCID SLURM_NTASKS "
+    "OMPI_MCA_orte_hnp_uri OMPI_COMM_WORLD_SIZE TPU_PROCESS_ADDRESSES TPU_WORKER_HOSTNAMES MEGASCALE_NUM_SLICES"
+).split()
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """The arguments that each call hands to jax.distributed.initialize, in an environment that offers nothing."""
+    for name in CLEAN:
+        monkeypatch.delenv(name, raising=False)
+    calls = []
+    monkeypatch.setattr(distributed, "_join", lambda **settings: calls.append(settings))
+    return calls
+
+
+EXPLICIT = {"coordinator_address": "a:1", "num_processes": 2, "process_id": 1}
+
+
+def test_one_process_alone_joins_nothing(called):
+    distributed.initialize()
+    assert called == []
+
+
+def test_flags_go_before_the_environment(called, monkeypatch):
+    distributed.initialize(**EXPLICIT)
+    for name, value in (("COORDINATOR_ADDRESS", "b:2"), ("NUM_PROCESSES", "4"), ("PROCESS_ID", "0")):
+        monkeypatch.setenv(f"JAX_{name}", value)
+    distributed.initialize()
+    distributed.initialize(process_id=3)
+    from_environment = {"coordinator_address": "b:2", "num_processes": 4, "process_id": 0}
+    expected = [EXPLICIT, from_environment, from_environment | {"process_id": 3}]
+    assert called == [each | {"cluster_detection_method": "deactivate"} for each in expected]
+
+
+@pytest.mark.parametrize(
+    "environment, joins",
+    [
+        ({"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, True),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, False),  # in the batch script itself, not under srun
+        ({"SLURM_STEP_NODELIST": "n1", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, False),
+        ({"OMPI_MCA_orte_hnp_uri": "1.0;tcp://h:1", "OMPI_COMM_WORLD_SIZE": "4"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"MEGASCALE_NUM_SLICES": "2"}, True),
+    ],
+)
+def test_what_the_platform_offers(called, monkeypatch, environment, joins):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    distributed.initialize()
+    assert called == ([{}] if joins else [])
+
+
+@pytest.mark.parametrize(
+    "given, environment, message",
+    [
+        ({"num_processes": 2}, {}, r"num_processes=2 without --coordinator_address \(or JAX_COORDINATOR_ADDRESS\) and"),
+        ({}, {"JAX_PROCESS_ID": "0"}, "process_id=0 without --coordinator_address"),
+        ({}, {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES=two is no number"),
+        (EXPLICIT | {"process_id": 2}, {}, "process_id=2 is not one of num_processes=2: count from 0"),
+        (EXPLICIT | {"coordinator_address": "host"}, {}, "coordinator_address=host has no port: give HOST:PORT"),
+    ],
+)
+def test_what_is_incomplete_is_one_line(called, monkeypatch, given, environment, message):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message) as e:
+        distributed.initialize(**given)
+    assert called == [] and "\n" not in str(e.value)
+
+
+def test_processes_that_nobody_joined_are_one_line(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(ValueError, match="4 processes and no coordinator: pass --coordinator_address"):
+        distributed.check_joined()
