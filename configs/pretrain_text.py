@@ -43,7 +43,7 @@ def get_config(size: str = "medium"):
         c.eval.every = 250
     else:
         c.model.dtype = "bfloat16"
-        c.model.logps_chunk = 32
+        c.model.logps_chunk = 1024
         c.data.batch_rows = 256
         c.num_steps = 10_000
         c.optimizer.peak = 1e-3

@@ -18,6 +18,7 @@ def get_config():
     c.model.arch = vrpo_8b.LLADA_8B
     c.model.dtype = "bfloat16"
     c.model.remat = "full"
+    c.model.logps_chunk = 9728
     c.data.row_length = 4096
     c.data.batch_rows = 256
     c.data.answer_multiple = 4096

@@ -27,7 +27,20 @@ LLADA_8B = dict(
 )
 
 
-def get_config():
+# chips -> (fsdp, tensor), compiled by `python -m llada_jax.compile` (README: memory and step time of each).
+MESHES = {
+    "": (-1, 1),  # all that are there; 16 of any kind below
+    "v5p-16": (16, 1),
+    "v6e-16": (16, 1),
+    "v5e-16": (16, 1),
+    "v5e-32": (16, 2),
+    "v5e-64": (16, 4),
+}
+
+
+def get_config(chips: str = ""):
+    if chips not in MESHES:
+        raise ValueError(f"configs/vrpo_8b.py:{chips} is not one of {', '.join(filter(None, MESHES))}")
     c = base.get_config()
     c.objective = "vrpo"
     c.model.arch = LLADA_8B
@@ -48,8 +61,9 @@ def get_config():
     c.optimizer.b1 = 0.9
     c.optimizer.b2 = 0.95
     c.optimizer.weight_decay = 0.01
+    c.model.logps_chunk = 9728  # 13 chunks of the vocabulary
     c.mesh.data = 1
-    c.mesh.fsdp = -1
+    c.mesh.fsdp, c.mesh.tensor = MESHES[chips]
     c.checkpoint.every = 250
     c.eval.every = 500
     return c

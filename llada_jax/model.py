@@ -124,6 +124,14 @@ def _constrain(x: Array, *axes: str | None) -> Array:
     return nn.with_logical_constraint(x, ("act_rows", "act_length", *axes))
 
 
+def _cast(weight: Array, dtype: Any) -> Array:
+    """A weight in the type of the activations, cast where it is used."""
+    if weight.dtype == dtype:
+        return weight
+    # Without the barrier XLA casts the weights of all layers, or of the whole head, before the loop and keeps them.
+    return jax.lax.optimization_barrier(weight).astype(dtype)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) in float32, cast back, times the weight (spec: Model)."""
 
@@ -156,7 +164,8 @@ class Linear(nn.Module):
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
         # One product over all positions: for the gradient of a batched one XLA's CPU backend transposes far more.
-        y = jnp.matmul(x.reshape(-1, self.inputs), self.kernel.astype(self.dtype), precision=precision(self.dtype))
+        kernel = _cast(self.kernel, self.dtype)
+        y = jnp.matmul(x.reshape(-1, self.inputs), kernel, precision=precision(self.dtype))
         return y.reshape(*x.shape[:-1], self.outputs)
 
 
@@ -217,7 +226,7 @@ class LLaDA(nn.Module):
     """A bidirectional transformer that predicts every token of a partly masked text (spec: Model).
 
     `dtype` is the type of activations, `param_dtype` that of new parameters; `remat` one of `REMAT`;
-    `logps_chunk` the positions of a row whose logits are held at a time by `token_logps`; `unroll` how many layers are
+    `logps_chunk` the entries of the vocabulary whose logits `token_logps` holds at a time; `unroll` how many layers are
     compiled one by one in the loop over layers (all of a small model's: faster; 1: the quickest to compile).
     """
 
@@ -226,7 +235,7 @@ class LLaDA(nn.Module):
     param_dtype: Any = jnp.float32
     remat: str = "none"
     attention: str = "auto"
-    logps_chunk: int = 512
+    logps_chunk: int = 8192
     unroll: int = 1
 
     def setup(self):
@@ -298,41 +307,56 @@ class LLaDA(nn.Module):
         segment_ids: Int[Array, "b l"] | None = None,
         positions: Int[Array, "b l"] | None = None,
     ) -> Float32[Array, "b l"]:
-        """Log-probability, in nats, of each target at its position, holding logits of `logps_chunk` positions a row."""
+        """Log-probability, in nats, of each target at its position, from `logps_chunk` logits a position at a time."""
         hidden = self._hidden(tokens, None, segment_ids, positions)
         return chunked_logps(hidden, self._head(), targets, self.logps_chunk)
 
 
 def _logits(hidden: Float[Array, "*b d"], head: Float[Array, "d v"]) -> Float32[Array, "*b v"]:
-    # Cast here, not before: the gradients of several chunks then add up in the parameters' own type.
-    head = head.astype(hidden.dtype)
+    head = _cast(head, hidden.dtype)
     return jnp.matmul(hidden, head, precision=precision(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 def chunked_logps(
     hidden: Float[Array, "b l d"], head: Float[Array, "d v"], targets: Int[Array, "b l"], chunk: int
 ) -> Float32[Array, "b l"]:
-    """log softmax(hidden @ head)[target] in chunks of positions, each rematerialised in the backward pass."""
+    """log softmax(hidden @ head)[target], holding the logits of `chunk` entries of the vocabulary at a time.
+
+    The loop is over the vocabulary, not over positions, so that of a sharded head and of its gradient a device holds
+    one chunk whole at a time too. The backward pass computes each chunk's logits again.
+    """
+    vocabulary = head.shape[1]
+    chunks = -(-vocabulary // chunk)
+
+    def logits_of(head, first):
+        """Logits of one chunk, -inf beyond the vocabulary, and the target's where it is in the chunk."""
+        logits = _logits(hidden, head)
+        entries = first + jnp.arange(head.shape[1], dtype=targets.dtype)
+        logits = jnp.where(entries < vocabulary, logits, -jnp.inf) if vocabulary % chunk else logits
+        # A comparison instead of a gather: it fuses, and its transpose is no scatter.
+        return logits, jnp.sum(jnp.where(entries == targets[..., None], logits, 0), -1)
+
+    if chunks == 1:
+        logits, target = jax.checkpoint(logits_of)(head, 0)
+        return target - jax.nn.logsumexp(logits, -1)
 
     @jax.checkpoint
-    def logps(hidden, targets):
-        logits = _logits(hidden, head)
-        # A comparison instead of a gather: it fuses, and its transpose is no scatter.
-        is_target = jnp.arange(logits.shape[-1], dtype=targets.dtype) == targets[..., None]
-        return jnp.sum(jnp.where(is_target, logits, 0), -1) - jax.nn.logsumexp(logits, -1)
+    def add(carry, part):
+        target, largest, total = carry
+        logits, found = logits_of(*part)
+        new = jax.lax.stop_gradient(jnp.maximum(largest, logits.max(-1)))
+        total = total * jnp.exp(largest - new) + jnp.exp(logits - new[..., None]).sum(-1)
+        return (target + found, new, total), None
 
-    rows, length = targets.shape
-    if length <= chunk:
-        return logps(hidden, targets)
-    chunks = -(-length // chunk)
-    padding = ((0, 0), (0, chunks * chunk - length))
-
-    def split(x):  # [rows, length, ...] -> [chunks, rows, chunk, ...]: every device keeps its rows
-        x = jnp.pad(x, padding + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(rows, chunks, chunk, *x.shape[2:]), 1, 0)
-
-    out = jax.lax.map(lambda xs: logps(*xs), (split(hidden), split(targets)))
-    return jnp.moveaxis(out, 0, 1).reshape(rows, chunks * chunk)[:, :length]
+    head = jnp.pad(head, ((0, 0), (0, chunks * chunk - vocabulary)))
+    parts = nn.with_logical_constraint(
+        jnp.moveaxis(head.reshape(-1, chunks, chunk), 1, 0), (None, "embed", "vocab")
+    )
+    zeros = jnp.zeros(targets.shape, jnp.float32)
+    start = (zeros, jnp.full_like(zeros, -jnp.inf), zeros)
+    firsts = jnp.arange(chunks, dtype=targets.dtype) * chunk
+    (target, largest, total), _ = jax.lax.scan(add, start, (parts, firsts))
+    return target - (largest + jnp.log(total))
 
 
 def num_params(config: ModelConfig) -> dict[str, int]:

@@ -141,14 +141,17 @@ def vrpo_step(
     num_segments: int,
     cached: bool = False,
     accumulate: int = 1,
+    axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One VRPO update on packed preference rows.
 
     `reference` is the reference policy's parameters, or, where `cached`, its terms [r, n, s] for this batch
     (`reference_terms`); both give the same update. `accumulate` parts of the batch go through the model one after the
-    other, which changes memory, not the result.
+    other, which changes memory, not the result. `axis_name`: of a mapped axis that splits the rows of the batch; None
+    where `batch` holds them all.
     """
-    total_pairs = jnp.sum(segment_lengths(batch, num_segments)[:, 0::2] > 0).astype(jnp.float32)
+    pairs = jnp.sum(segment_lengths(batch, num_segments)[:, 0::2] > 0).astype(jnp.float32)
+    total_pairs = _over_devices(pairs, axis_name)
     kwargs = {"model": model, "settings": settings, "num_segments": num_segments}
 
     def loss_fn(params, part):
@@ -163,7 +166,8 @@ def vrpo_step(
         loss = metrics["loss/preference"] + settings.sft_weight * metrics["loss/sft"]
         return loss, metrics | {"loss": loss}
 
-    grads, metrics = _gradient(loss_fn, state.params, (batch, reference if cached else None), accumulate)
+    parts = (batch, reference if cached else None)
+    grads, metrics = _over_devices(_gradient(loss_fn, state.params, parts, accumulate), axis_name)
     metrics["score/mc_stderr"] = jnp.sqrt(metrics["score/mc_variance"])
     return _update(state, grads, metrics | {"pairs": total_pairs}, tx)
 
@@ -177,10 +181,14 @@ def sft_step(
     settings: Denoising,
     num_segments: int,
     accumulate: int = 1,
+    axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """One denoising update: sum over masked of CE / p, divided by the answer length, mean over samples (spec)."""
+    """One denoising update: sum over masked of CE / p, divided by the answer length, mean over samples (spec).
+
+    `accumulate` and `axis_name` as in `vrpo_step`.
+    """
     batch = crop(batch, settings)
-    total = jnp.sum(segment_lengths(batch, num_segments) > 0).astype(jnp.float32)
+    total = _over_devices(jnp.sum(segment_lengths(batch, num_segments) > 0).astype(jnp.float32), axis_name)
 
     def loss_fn(params, rows):
         drawn = draw(rows, settings.scheme, seed=settings.seed, stream="policy", num_segments=num_segments)
@@ -189,7 +197,7 @@ def sft_step(
         loss = jnp.sum(loss) / jnp.maximum(total, 1)
         return loss, {"loss": loss}
 
-    grads, metrics = _gradient(loss_fn, state.params, batch, accumulate)
+    grads, metrics = _over_devices(_gradient(loss_fn, state.params, batch, accumulate), axis_name)
     return _update(state, grads, metrics, tx)
 
 
@@ -214,6 +222,11 @@ def crop(batch: Batch, settings: Denoising) -> Batch:
     return batch.replace(
         segment_ids=jnp.where(kept, batch.segment_ids, 0), response_mask=batch.response_mask & kept
     )
+
+
+def _over_devices(tree: Any, axis_name: str | None):
+    """Sums over the devices of a mapped axis; without one, sums are over all rows already."""
+    return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
 
 def _gradient(loss_fn: Callable, params: Any, rows: Any, accumulate: int):

@@ -1,4 +1,4 @@
-"""The model: packing, chunked log-probabilities, remat, types, attention in blocks."""
+"""The model: packing, chunked log-probabilities, remat, types."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llada_jax import attention, model
+from llada_jax import model
 from llada_jax.model import LLaDA, ModelConfig
 
 CONFIG = ModelConfig(
@@ -108,26 +108,6 @@ def test_bfloat16_computes_in_bfloat16_and_returns_float32(params, tokens):
     assert 0 < difference < 0.05 * np.abs(exact).max()
     boxed = jax.eval_shape(LLaDA(CONFIG, param_dtype=jnp.bfloat16).init, jax.random.key(0), tokens)
     assert {x.dtype.name for x in jax.tree.leaves(boxed)} == {"bfloat16"}
-
-
-@pytest.mark.parametrize("with_mask, with_segments", [(False, False), (True, False), (False, True), (True, True)])
-def test_attention_in_query_blocks_is_attention(monkeypatch, with_mask, with_segments):
-    key = jax.random.split(jax.random.key(0), 3)
-    q = jax.random.normal(key[0], (2, 22, 4, 8))
-    k, v = (jax.random.normal(x, (2, 22, 2, 8)) for x in key[1:])
-    kwargs = {}
-    if with_mask:
-        kwargs["attention_mask"] = jnp.arange(22) < jnp.array([[22], [15]])
-    if with_segments:
-        kwargs["segment_ids"] = jnp.tile(jnp.arange(22) // 6, (2, 1))
-
-    def value_and_grads():
-        loss = lambda *x: jnp.sum(attention.attend(*x, **kwargs)[:, :12] ** 2)
-        return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(q, k, v)
-
-    whole = value_and_grads()
-    monkeypatch.setattr(attention, "QUERY_BLOCK", 5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), value_and_grads(), whole)
 
 
 def test_published_size_and_flops():

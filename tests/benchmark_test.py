@@ -1,0 +1,183 @@
+"""The benchmarks: what they measure is what train.py runs, and what they count is closed form or counted by hand."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from configs import base, vrpo_8b, vrpo_sudoku
+from llada_jax import benchmark_load, benchmark_step, convert, data, model, plan
+from llada_jax.chips import CHIPS, Chip
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+ARCH = dict(d_model=32, n_heads=2, n_layers=1, mlp_hidden_size=64, vocab_size=60, mask_token_id=59)
+
+
+def tiny(objective="vrpo", **settings):
+    c = base.get_config()
+    c.objective = objective
+    c.model.arch = ARCH
+    c.data.row_length = 24
+    c.data.batch_rows = 8
+    c.vrpo.n_t = 2
+    c.optimizer.warmup_steps = 1
+    c.optimizer.peak = 1e-9
+    with c.unlocked():
+        c.update_from_flattened_dict(settings)
+    return c
+
+
+@pytest.mark.parametrize("objective, reference", [("vrpo", "model"), ("vrpo", "cached"), ("sft", "model")])
+def test_a_step_on_synthetic_rows(tmp_path, objective, reference, capsys):
+    c = tiny(objective, **{"vrpo.reference": reference, "vrpo.mc_chunk": 1 if reference == "model" else 0})
+    found = benchmark_step.run(c, str(tmp_path), 2, "")
+    assert json.loads(json.dumps(found))["loss"] == found["loss"] and found["devices"] == 8
+    assert len(found["step_seconds_all"]) == 2 and min(found["step_seconds_all"]) <= found["step_seconds"]
+    assert found["tokens_per_second"] == pytest.approx(8 * 24 / found["step_seconds"])
+    assert found["mfu"] is None and "attention       xla" in capsys.readouterr().out
+    if objective == "vrpo":
+        # At this rate the policy stays its reference, and random parameters know nothing of 60 tokens.
+        assert found["loss"] == pytest.approx(np.log(2) + 0.05 * np.log(60), abs=0.01)
+
+
+def test_synthetic_rows_are_full_rows_of_whole_pairs():
+    rows = benchmark_step.SyntheticRows("preference", 4096, 1000, 2)
+    batch = next(data.loader(rows, batch_rows=2, seed=0))
+    assert rows.num_segments == 8 and batch.segment_ids.min() == 1
+    for segment in range(1, 9):
+        inside = batch.segment_ids[0] == segment
+        assert inside.sum() == 512 and batch.response_mask[0][inside].sum() == 384
+        np.testing.assert_array_equal(batch.positions[0][inside], np.arange(512))
+    text = benchmark_step.SyntheticRows("text", 4096, 1000, 1)
+    assert text.num_segments == 1 and text[0]["response_mask"].all()
+    with pytest.raises(ValueError, match="row_length=7 holds no synthetic pair: at least 8"):
+        benchmark_step.SyntheticRows("preference", 7, 1000, 1)
+
+
+def test_utilisation_is_the_formula(monkeypatch, tmp_path):
+    c = vrpo_8b.get_config()
+    c.data.batch_rows = 8
+    of_8b = benchmark_step.prepare(c, str(tmp_path))
+    passed = 8 * 4096 * 8 * model.flops_per_token(of_8b.model.config, 4096)
+    assert plan.pass_flops(of_8b) == passed
+    assert plan.forward_passes(of_8b)[0] == 6 and plan.forward_passes(of_8b, recomputed=False)[0] == 4
+    monkeypatch.setitem(CHIPS, "cpu", Chip("test", passed / 8, 1, 1.0, 1.0))
+    found = benchmark_step.rates(of_8b, 8.0)
+    assert found["mfu"] == pytest.approx(4 / 8) and found["hfu"] == pytest.approx(6 / 8)
+
+
+def test_top_costs_of_a_profile(tmp_path, monkeypatch):
+    """Events as XLA names them, by hand: a GPU's streams add up; without an accelerator there is nothing to rank."""
+
+    def named(name, **fields):
+        return type("X", (), {"name": name, **fields})
+
+    def stream(name, **events):
+        return named(name, events=[named(k, duration_ns=v) for k, v in events.items()])
+
+    planes = [
+        named("/host:CPU", lines=[stream("python", work=1000)]),
+        named(
+            "/device:GPU:0",
+            lines=[
+                stream("Stream #13", gemm=60, copy=10),
+                stream("Stream #14", gemm=20, fusion=10),
+                stream("Steps", all=100),
+            ],
+        ),
+    ]
+    (tmp_path / "host.xplane.pb").write_text("")
+    monkeypatch.setattr(jax.profiler.ProfileData, "from_file", lambda file: named("", planes=planes))
+    assert benchmark_step.top_costs(str(tmp_path), 2) == [("gemm", 0.8), ("copy", 0.1)]
+    planes.pop()
+    assert benchmark_step.top_costs(str(tmp_path)) == []
+
+
+def test_a_loaded_checkpoint_is_what_was_written(tmp_path):
+    config = convert.ModelConfig(**ARCH)
+    written = benchmark_load.write_checkpoint(tmp_path / "hf", config, shard_bytes=10_000)
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
+    count = model.num_params(config)
+    assert written == {"bytes": 2 * sum(count.values()), "largest": 2 * 32 * 64}
+    found = benchmark_load.measure(str(tmp_path / "hf"), "float32", 4, 2)
+    # Matrices once over fsdp x tensor, the scales of the norms on all eight devices.
+    scales = (2 * config.n_layers + 1) * 32
+    assert found["destination"] == 4 * (sum(count.values()) + 7 * scales)
+
+
+def run(*arguments, **environment):
+    command = [sys.executable, "-m", "llada_jax.benchmark", *arguments]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+def test_the_commands_refuse_in_one_line(tmp_path):
+    for arguments, text in (
+        (["step"], "--config is missing"),
+        (["walk", "--config=configs/vrpo_sudoku.py"], "walk: say one of step, torch, load"),
+    ):
+        done = run(*arguments)
+        assert done.returncode == 1 and done.stderr.startswith("error: ") and text in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_load_as_a_command(tmp_path):
+    out = tmp_path / "load.json"
+    done = run("load", "--layers=2", "--width=128", "--vocab=512", f"--folder={tmp_path}", f"--out={out}")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert found["destination_gb"] == pytest.approx(found["gb"], rel=0.05) and found["devices"] == 8
+    assert [path.name for path in tmp_path.iterdir()] == ["load.json"]  # the checkpoint is gone
+
+
+@pytest.mark.slow
+def test_pytorch_computes_the_same_loss_and_gradient(tmp_path):
+    """Our step on packed rows against the PyTorch loop on padded ones, at the same masks; and its own draws."""
+    torch = pytest.importorskip("torch", reason="PyTorch (the extra benchmark) is not installed")
+    from llada_jax import benchmark_torch, steps
+
+    c = vrpo_sudoku.get_config()
+    c.data.batch_rows, c.vrpo.n_t, c.model.unroll = 8, 2, 1
+    prepared = benchmark_step.prepare(c, str(tmp_path))
+    with prepared.parallel.use():
+        work = benchmark_step.make_work(prepared)
+        # Away from the reference, or the score and half of the gradient would be 0.
+        params = jax.tree.map(lambda x: x * 1.05, work.state.params)
+        work.state = work.state.replace(params=params)
+        torch_step = benchmark_torch.TorchStep(
+            c, (prepared.model.config, params), (prepared.model.config, work.extra[0]), prepared.settings
+        )
+        found = benchmark_torch.check_same_loss(prepared, work, torch_step)
+        assert abs(found["loss_jax"] - found["loss_torch"]) < 1e-4 * found["loss_jax"]
+        _, metrics = jax.jit(
+            lambda s, b, r: steps.vrpo_step(
+                s, b, r, model=prepared.model, tx=prepared.tx, settings=prepared.settings,
+                num_segments=prepared.num_segments,
+            )
+        )(work.state, work.batch, *work.extra)  # fmt: skip
+        drawn = steps.draw(
+            work.batch, prepared.settings.scheme, seed=c.seed, stream="policy", num_segments=prepared.num_segments
+        )
+    assert float(metrics["loss"]) == pytest.approx(found["loss_torch"], rel=1e-4)
+    rows, noise = benchmark_torch.unpack(work.batch, drawn.masked, drawn.weights)
+    torch_step.loss(rows, *noise).backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in torch_step.model.parameters()])
+    assert float(norm) == pytest.approx(float(metrics["grad_norm"]), rel=1e-3)
+    masked, weights = benchmark_torch.draw(rows["response"], 64)
+    assert not (masked & ~rows["response"]).any()
+    count = masked.sum(-1, keepdim=True)
+    assert count.min() >= 1 and torch.allclose(weights.sum(-1), rows["response"].sum(-1).float().expand(64, -1))
+    assert count.float().mean() == pytest.approx(8.5, abs=0.5)  # uniform on 1 .. 16
+
+
+def test_the_pytorch_loop_says_what_it_does_not_do():
+    pytest.importorskip("torch", reason="PyTorch (the extra benchmark) is not installed")
+    from llada_jax import benchmark_torch
+
+    with pytest.raises(ValueError, match="does not do vrpo.kind='ipo', vrpo.n_yt=2: set vrpo.kind='sigmoid', .*=1"):
+        benchmark_torch.check_supported(tiny(**{"vrpo.kind": "ipo", "vrpo.n_yt": 2}))

@@ -1,0 +1,155 @@
+"""Compiling for a TPU pod that is not there: what the compiled step holds, gathers and gives back."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from llada_jax import compile as compile_lib
+from llada_jax import hlo
+
+# Sizes that tell themselves apart in the compiled program.
+D_MODEL, MLP, LAYERS, VOCABULARY, CHUNK, LENGTH = 512, 1408, 6, 8192, 2048, 1152
+
+
+@pytest.fixture(scope="module")
+def config():
+    from configs import vrpo_8b
+
+    c = vrpo_8b.get_config()
+    c.model.arch = dict(
+        d_model=D_MODEL, n_heads=8, n_layers=LAYERS, mlp_hidden_size=MLP, vocab_size=VOCABULARY, mask_token_id=3
+    )
+    c.model.logps_chunk = CHUNK
+    c.data.row_length, c.data.batch_rows = LENGTH, 8
+    c.vrpo.n_t = 4
+    return c.lock()
+
+
+@pytest.fixture(scope="module")
+def topology():
+    pytest.importorskip("libtpu", reason="the TPU compiler cannot be installed here (pip install libtpu)")
+    return compile_lib.topology("v5e:2x4")
+
+
+@pytest.fixture(scope="module")
+def compiled(config, topology):
+    """(plan, compiled step, report) for eight chips."""
+    plan = compile_lib.plan_for(config, topology[0])
+    step, seconds = compile_lib.compile_step(plan)
+    return plan, step, compile_lib.report(plan, "v5e:2x4", topology[1], step, seconds)
+
+
+@pytest.mark.slow
+def test_the_compiled_step(compiled):
+    plan, step, _ = compiled
+    program = hlo.Program(step.as_text())
+    chunk = LENGTH * CHUNK * 4
+    widest = max(s.nbytes for s in program.arrays() if s.dtype == "f32")
+    assert widest <= chunk, "no float32 array beyond positions x one chunk of the vocabulary"
+
+    gathered = [s for kind, i, _ in program.collectives() if kind == "all-gather" for s in i.shapes if s.dtype != "s32"]
+    assert gathered
+    for shape in gathered:
+        assert not {LENGTH, 8 * LENGTH} & set(shape.dims), f"an activation is gathered: {shape}"
+        # One matrix of one layer, or one chunk of the head, in bfloat16: never all layers at once.
+        assert shape.nbytes <= D_MODEL * max(MLP, CHUNK) * 2, f"more than a layer is gathered: {shape}"
+
+    state_leaves = len(jax.tree.leaves(compile_lib.make_abstract(plan)[0]))
+    assert program.aliased_outputs == state_leaves, "every donated buffer is used for the new state"
+    assert 'custom_call_target="tpu_custom_call"' in step.as_text(), "splash attention is in it"
+
+
+@pytest.mark.slow
+def test_the_report_counts_what_it_must(compiled):
+    plan, _, found = compiled
+    memory = found["memory"]
+    arguments = sum(
+        np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(compile_lib.make_abstract(plan))
+    )
+    assert arguments <= memory["arguments"] < 1.2 * arguments + 2**20  # tiles of 8 x 128 round up
+    assert memory["total"] == memory["arguments"] + memory["temporaries"] < 2**30
+    # Each of 4 draws gathers every layer in five passes: reference, forward, and three of the backward pass.
+    layer = (4 * D_MODEL**2 + 3 * D_MODEL * MLP) * 2
+    sent = sum(x["bytes"] for x in found["collectives"].values())
+    assert 1 < sent / (4 * 5 * LAYERS * layer * 7 / 8) < 2.5
+    assert found["binds"] == max(found["implied_seconds"], key=found["implied_seconds"].get)
+
+
+@pytest.mark.slow
+def test_out_of_memory_is_one_line_with_the_setting_to_change(config, topology):
+    c = config.copy_and_resolve_references()
+    c.vrpo.mc_chunk, c.model.remat, c.data.batch_rows, c.model.logps_chunk = 4, "none", 256, VOCABULARY
+    plan = compile_lib.plan_for(c, topology[0])
+    with pytest.raises(MemoryError, match=r"needs [\d.]+ GiB on a chip that has 15\.75.*vrpo\.mc_chunk=1") as error:
+        compile_lib.compile_step(plan)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["v9:2x2", "v5p", "v5p:2by2", "H100:2x2"])
+def test_an_unknown_topology_is_an_error(name):
+    with pytest.raises(ValueError, match="is not GENERATION:AxB"):
+        compile_lib.topology(name)
+
+
+@pytest.mark.slow
+def test_the_command_line(topology):
+    command = [sys.executable, "-m", "llada_jax.compile", "--config=configs/vrpo_sudoku.py", "--config.model.unroll=1"]
+    command += ["--topology=v5e:2x2", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["chips"] == 4 and found["attention"] == "xla" and found["memory"]["total"] > 0
+    done = subprocess.run([*command, "--config.mesh.tensor=3"], capture_output=True, text=True, timeout=500)
+    assert done.returncode and done.stderr.strip().splitlines()[-1].startswith("error: mesh sizes")
+
+
+PROGRAM = """HloModule m, input_output_alias={ {0}: (0, {}, may-alias), {1}: (2, {}, may-alias) }
+
+%fused (p0: f32[8,4], p1: s32[]) -> f32[4] {
+  %p0 = f32[8,4]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  ROOT %slice = f32[1,4]{1,0} dynamic-slice(%p0, %p1, %p1), dynamic_slice_sizes={1,4}
+}
+
+%body (b: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %b = (s32[], f32[8,4]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%b), index=0
+  %x = f32[8,4]{1,0} get-tuple-element(%b), index=1
+  %two = s32[] constant(2)
+  %row = f32[1,4]{1,0} fusion(%x, %i), kind=kLoop, calls=%fused
+  %gather = bf16[16,4]{1,0:S(1)} all-gather(%row), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
+  %next = s32[] add(%i, %two)
+  ROOT %out = (s32[], f32[8,4]{1,0}) tuple(%next, %x)
+}
+
+%condition (c: (s32[], f32[8,4])) -> pred[] {
+  %c = (s32[], f32[8,4]{1,0}) parameter(0)
+  %n = s32[] get-tuple-element(%c), index=0
+  %ten = s32[] constant(10)
+  ROOT %less = pred[] compare(%n, %ten), direction=LT
+}
+
+ENTRY %main (a: f32[8,4]) -> (s32[], f32[8,4]) {
+  %a = f32[8,4]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %start = (s32[], f32[8,4]{1,0}) tuple(%zero, %a)
+  ROOT %loop = (s32[], f32[8,4]{1,0}) while(%start), condition=%condition, body=%body
+}
+"""
+
+
+def test_reading_a_program():
+    """Counted by hand: five turns (10 by twos), 3/4 of 128 bytes gathered and one row read and written in each."""
+    program = hlo.Program(PROGRAM)
+    assert program.aliased_outputs == 2
+    assert program.times == {"main": 1, "body": 5}
+    assert program.collective_bytes() == {"all-gather": (5, 5 * 16 * 4 * 2 * 3 // 4)}
+    # The fusion reads a row and the counter and writes a row, the gather reads that row (its result stays on the
+    # chip), the counter is read with its step and written, and the condition costs nothing that is counted.
+    assert program.hbm_bytes() == 5 * ((16 + 4 + 16) + 16 + (4 + 4 + 4))
+    assert hlo.Shape("bf16", (16, 4), in_hbm=False) not in program.arrays()
