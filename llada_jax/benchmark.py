@@ -14,7 +14,7 @@ import tempfile
 
 from absl import app, flags, logging
 
-from llada_jax import benchmark_load, benchmark_step, train
+from llada_jax import benchmark_load, benchmark_step, distributed, train
 
 
 def main(argv):
@@ -23,23 +23,25 @@ def main(argv):
             raise ValueError(f"{' '.join(argv[1:]) or 'no benchmark'}: say one of step, torch, load; --help says more")
         if flags.FLAGS.config is None:
             raise ValueError("--config is missing: give a file of configs/")
+        distributed.initialize()
         config, count = flags.FLAGS.config, _STEPS.value
         if count < 1:
             raise ValueError(f"--steps={count}: at least one step is timed")
         with tempfile.TemporaryDirectory() as folder:
-            workdir = flags.FLAGS.workdir or folder
+            workdir = _WORKDIR.value or folder
             if argv[1] == "step":
                 result = benchmark_step.run(config, workdir, count, _PROFILE.value)
             else:
                 from llada_jax import benchmark_torch  # the one that needs PyTorch
 
                 result = benchmark_torch.run(config, workdir, count)
-        if _OUT.value:
+        if _OUT.value and distributed.is_first():
             pathlib.Path(_OUT.value).write_text(json.dumps(result, indent=1) + "\n")
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
 
 
+_WORKDIR = flags.DEFINE_string("workdir", "", "Where packed rows of data.train go; empty: nowhere that stays.")
 _STEPS = flags.DEFINE_integer("steps", 10, "Steps to time, after two that are not.")
 _PROFILE = flags.DEFINE_string("profile", "", "Folder for a JAX profiler trace of three steps.")
 _OUT = flags.DEFINE_string("out", "", "JSON file to write.")

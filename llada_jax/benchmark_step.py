@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llada_jax import attention, convert, data, noise, state, steps, train
+from llada_jax import attention, convert, data, distributed, noise, state, steps, train
 from llada_jax import mesh as mesh_lib
 from llada_jax.batch import Batch
 from llada_jax.chips import CHIPS
@@ -154,7 +154,7 @@ def top_costs(folder: str, count: int = 5) -> list[tuple[str, float]]:
 def run(config, workdir: str, count: int, profile: str) -> dict:
     """The step of a config: prints lines, returns what goes into the JSON."""
     plan = prepare(config, workdir)
-    print(describe(plan), flush=True)
+    distributed.say(describe(plan))
     with plan.parallel.use():
         work = make_work(plan)
         compiled, compile_seconds = compile_step(plan, work)
@@ -200,5 +200,5 @@ def run(config, workdir: str, count: int, profile: str) -> dict:
         result["top_costs"] = costs = top_costs(profile)
         lines.append(f"profile         {profile}" + ("" if costs else ": no accelerator in it, hence no list of costs"))
         lines += [f"  {share:6.1%}  {name}" for name, share in costs]
-    print("\n".join(lines))
+    distributed.say("\n".join(lines))
     return result

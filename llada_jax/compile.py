@@ -126,6 +126,10 @@ def _too_large(plan: Plan, message: str) -> str:
         (True, "more chips"),
     ]
     advice = next(text for applies, text in remedies if applies)
+    if "vmem" in message.lower():  # a kernel's own memory on the chip
+        return f'a kernel does not fit the chip ({" ".join(message.split())[:200]}): try model.attention="xla"'
+    # "The total memory required for HLO temporaries (18.21G)": arguments are in it, whatever the words say (found by
+    # compiling programs that are all arguments).
     sizes = re.findall(r"([\d.]+)([GM])", message)
     gib = [float(number) / (1024 if unit == "M" else 1) for number, unit in sizes]
     if len(gib) < 2:
@@ -222,7 +226,9 @@ def main(argv):
 
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "GENERATION:AxB[xC] of one slice, e.g. v5p:2x2x4, v6e:4x4, v5e:8x8.")
-_SLICES = flags.DEFINE_integer("slices", 1, "Slices of that topology, joined by the data-centre network.")
+_SLICES = flags.DEFINE_integer(
+    "slices", 1, "Slices of that topology; the traffic between them is counted at the rate within one."
+)
 _JSON = flags.DEFINE_bool("json", False, "Print JSON.")
 
 if __name__ == "__main__":

@@ -80,6 +80,8 @@ class Program:
     def __init__(self, text: str):
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.aliased_outputs = len(re.findall(r"\{\d[\d, ]*\}: \(\d+", text.split("\n", 1)[0]))
+        partitions = re.search(r"num_partitions=(\d+)", text)
+        self.num_partitions = int(partitions.group(1)) if partitions else 1
         current = None
         for line in text.splitlines():
             if header := _HEADER.match(line):
@@ -90,7 +92,7 @@ class Program:
                 current[instruction.name] = instruction
 
     def arrays(self) -> Iterator[Shape]:
-        """Every array that is held in main memory: results of instructions outside fusions."""
+        """Every array that an instruction outside fusions leaves in main memory."""
         for name in self.times:
             for instruction in self.computations[name].values():
                 yield from (s for s in instruction.shapes if s.in_hbm)
@@ -108,9 +110,10 @@ class Program:
                 elif instruction.opcode == "call":
                     visit(instruction.attribute("to_apply"), count)
                 elif instruction.opcode == "conditional":
-                    for branch in re.findall(r"branch_computations=\{([^}]*)\}", instruction.text):
-                        for called in re.findall(r"%([\w.\-]+)", branch):
-                            visit(called, count)
+                    branches = re.findall(r"branch_computations=\{([^}]*)\}", instruction.text)
+                    branches += re.findall(r"(?:true|false)_computation=(%[\w.\-]+)", instruction.text)
+                    for called in re.findall(r"%([\w.\-]+)", " ".join(branches)):
+                        visit(called, count)
 
         visit(self.entry, 1)
         return dict(times)
@@ -144,10 +147,8 @@ class Program:
     def _with_fused(self, name: str) -> Iterator[Instruction]:
         for instruction in self.computations[name].values():
             yield instruction
-            if instruction.opcode in ("fusion", "async-start", "custom-call"):
-                called = instruction.attribute("calls") or instruction.attribute("called_computations")
-                if called in self.computations:
-                    yield from self._with_fused(called)
+            if instruction.opcode in ("fusion", "async-start"):
+                yield from self._with_fused(instruction.attribute("calls"))
 
     def collective_bytes(self) -> dict[str, tuple[int, int]]:
         """{kind: (calls, bytes)} of one device in one call of the program; bytes that a device sends.
@@ -156,11 +157,15 @@ class Program:
         """
         total: dict[str, tuple[int, int]] = {}
         for kind, instruction, count in self.collectives():
-            size = max((s.nbytes for s in instruction.shapes), default=0)
-            if kind == "reduce-scatter":
-                size *= group_size(instruction)
-            ring = (group_size(instruction) - 1) / group_size(instruction)
-            share = {"collective-permute": 1.0, "all-reduce": 2 * ring}.get(kind, ring)
+            arrays = [s for s in instruction.shapes if s.dims] or instruction.shapes
+            if instruction.opcode.endswith("-start"):
+                arrays = arrays[len(arrays) // 2 :]  # what comes out; the first half is what goes in
+            size = sum(s.nbytes for s in arrays)
+            share = 1.0
+            if kind != "collective-permute":
+                group = self.group_size(instruction)
+                ring = (group - 1) / group
+                share = {"all-reduce": 2 * ring, "reduce-scatter": group * ring}.get(kind, ring)
             calls, sent = total.get(kind, (0, 0))
             total[kind] = calls + count, sent + int(size * share) * count
         return total
@@ -180,6 +185,10 @@ class Program:
         opcode = instruction.opcode
         if opcode in _FREE or opcode.endswith(("-done", "-update")):
             return 0
+        if opcode.endswith("-start"):  # a tuple of source and destination (copy-start: the other way round)
+            ends = [s for s in instruction.shapes if s.dims][:2]
+            moved = min((s.nbytes for s in ends), default=0)
+            return sum(moved for s in ends if s.in_hbm)
         written = sum(s.nbytes for s in instruction.shapes if s.in_hbm)
         sizes = [sum(s.nbytes for s in scope[o].shapes if s.in_hbm) if o in scope else 0 for o in instruction.operands]
         if opcode == "dynamic-slice":
@@ -209,15 +218,16 @@ class Program:
                 sizes[number], written = 0, max(written - whole, 0) + 2 * updates
         return written, sizes
 
-
-def group_size(collective: Instruction) -> int:
-    """Devices that take part in one group of a collective."""
-    text = collective.text
-    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", text):
-        return int(found.group(2))
-    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
-        return len(found.group(1).split(","))
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found.group(1)))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found.group(2)))
-    return 2
+    def group_size(self, collective: Instruction) -> int:
+        """Devices that take part in one group of a collective; ValueError for a form that is not known."""
+        text = collective.text
+        if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", text):
+            return int(found.group(2))
+        if found := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
+            return len(found.group(1).split(","))
+        if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
+            sizes = dict(re.findall(r"'(\w+)'=(\d+)", found.group(1)))
+            return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found.group(2)))
+        if "replica_groups={}" in text:  # all of them
+            return self.num_partitions
+        raise ValueError(f"unknown replica groups in {text[:200]}")

@@ -30,8 +30,8 @@ RULES = (
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
     """A mesh of all devices (or of `devices`); one size may be -1, which takes what is left.
 
-    Over several TPU slices `data` crosses the network between them. Raises ValueError where the sizes do not multiply
-    to the number of devices, or where `data` does not divide by the slices.
+    Over several TPU slices, or GPU nodes where it divides by them, `data` crosses the network between them. Raises
+    ValueError where the sizes do not multiply to the number of devices, or where `data` does not divide by the slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
@@ -44,6 +44,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
     if int(np.prod(sizes)) != len(devices):
         raise ValueError(f"mesh sizes {asked} do not fit {len(devices)} devices: change config.mesh")
     slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if sizes[0] % slices and devices[0].platform != "tpu":
+        slices = 1  # GPU nodes are slices too, but any axis may cross their network
     if sizes[0] % slices:
         raise ValueError(f"mesh.data={sizes[0]} is no multiple of the {slices} slices that it has to cross: change it")
     # Auto axes: linen's logical partitioning fails under the Explicit axes that make_mesh gives by default.

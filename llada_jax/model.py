@@ -1,6 +1,7 @@
 """LLaDA in Flax linen: the configuration, the transformer, and log-probabilities of target tokens."""
 
 import dataclasses
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -326,37 +327,49 @@ def chunked_logps(
     one chunk whole at a time too. The backward pass computes each chunk's logits again.
     """
     vocabulary = head.shape[1]
-    chunks = -(-vocabulary // chunk)
+    # Where the vocabulary is sharded, a chunk takes an equal part of every shard.
+    shards = _shards("vocab")
+    shard, part = vocabulary // shards, -(-min(chunk, vocabulary) // shards)
+    chunks = -(-shard // part)
+    wide = hidden.astype(jnp.float32)  # closed over as such, so that the chunks' gradients add up in float32
 
     def logits_of(head, first):
-        """Logits of one chunk, -inf beyond the vocabulary, and the target's where it is in the chunk."""
-        logits = _logits(hidden, head)
-        entries = first + jnp.arange(head.shape[1], dtype=targets.dtype)
-        logits = jnp.where(entries < vocabulary, logits, -jnp.inf) if vocabulary % chunk else logits
+        """Logits of one chunk, -inf beyond a shard's end, and the target's where it is in the chunk."""
+        logits = _logits(wide.astype(hidden.dtype), head)
+        place = first + jnp.tile(jnp.arange(part, dtype=targets.dtype), shards)
+        entries = place + jnp.repeat(jnp.arange(shards, dtype=targets.dtype) * shard, part)
+        logits = jnp.where(place < shard, logits, -jnp.inf) if shard % part else logits
         # A comparison instead of a gather: it fuses, and its transpose is no scatter.
-        return logits, jnp.sum(jnp.where(entries == targets[..., None], logits, 0), -1)
+        is_target = (entries == targets[..., None]) & (place < shard)
+        return logits, jnp.sum(jnp.where(is_target, logits, 0), -1)
 
     if chunks == 1:
         logits, target = jax.checkpoint(logits_of)(head, 0)
         return target - jax.nn.logsumexp(logits, -1)
 
     @jax.checkpoint
-    def add(carry, part):
+    def add(carry, xs):
         target, largest, total = carry
-        logits, found = logits_of(*part)
+        head, first = xs
+        logits, found = logits_of(head.reshape(head.shape[0], -1), first)
         new = jax.lax.stop_gradient(jnp.maximum(largest, logits.max(-1)))
         total = total * jnp.exp(largest - new) + jnp.exp(logits - new[..., None]).sum(-1)
         return (target + found, new, total), None
 
-    head = jnp.pad(head, ((0, 0), (0, chunks * chunk - vocabulary)))
-    parts = nn.with_logical_constraint(
-        jnp.moveaxis(head.reshape(-1, chunks, chunk), 1, 0), (None, "embed", "vocab")
-    )
+    head = jnp.pad(head.reshape(-1, shards, shard), ((0, 0), (0, 0), (0, chunks * part - shard)))
+    head = jnp.moveaxis(head.reshape(-1, shards, chunks, part), 2, 0)
+    head = nn.with_logical_constraint(head, (None, "embed", "vocab", None))
     zeros = jnp.zeros(targets.shape, jnp.float32)
     start = (zeros, jnp.full_like(zeros, -jnp.inf), zeros)
-    firsts = jnp.arange(chunks, dtype=targets.dtype) * chunk
-    (target, largest, total), _ = jax.lax.scan(add, start, (parts, firsts))
+    (target, largest, total), _ = jax.lax.scan(add, start, (head, jnp.arange(chunks, dtype=targets.dtype) * part))
     return target - (largest + jnp.log(total))
+
+
+def _shards(axis: str) -> int:
+    """In how many parts the mesh in use splits a logical axis; 1 without a mesh."""
+    names = nn.logical_to_mesh_axes((axis,))[0] if nn.get_logical_axis_rules() else None
+    names = (names,) if isinstance(names, str) else names or ()
+    return math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in names)
 
 
 def num_params(config: ModelConfig) -> dict[str, int]:

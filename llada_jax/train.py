@@ -367,12 +367,12 @@ def main(argv):
     if len(argv) > 1:
         sys.exit(f"error: unexpected argument {argv[1]!r}; settings are --config.name=value")
     try:
-        distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-        config = _CONFIG.value
-        config.lock()
-        plan = make_plan(config, _WORKDIR.value, dry_run=_DRY_RUN.value)
+        given = flags.FLAGS
+        distributed.initialize(given.coordinator_address, given.num_processes, given.process_id)
+        given.config.lock()
+        plan = make_plan(given.config, given.workdir, dry_run=given.dry_run)
         distributed.say(describe(plan))
-        if _DRY_RUN.value:
+        if given.dry_run:
             return
         status = train(plan)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
@@ -400,14 +400,15 @@ def _fail(error: BaseException):
     distributed.fail(f"error: {' '.join(str(text).split())}")
 
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config().", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and packed data go; the run's identity.")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Validate, print what would run, and end.")
-_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "Several processes: HOST:PORT of process 0.")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Several processes: how many.", lower_bound=1)
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several processes: which one this is.", lower_bound=0)
+# The one flag that benchmark.py and compile.py share.
+config_flags.DEFINE_config_file("config", None, "File with get_config().", lock_config=True)
 
 if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and packed data go; the run's identity.")
+    flags.DEFINE_bool("dry_run", False, "Validate, print what would run, and end.")
+    flags.DEFINE_string("coordinator_address", None, "Several processes: HOST:PORT of process 0.")
+    flags.DEFINE_integer("num_processes", None, "Several processes: how many.", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "Several processes: which one this is.", lower_bound=0)
     flags.mark_flags_as_required(["config", "workdir"])
     logging.set_verbosity(logging.WARNING)
     app.run(main, flags_parser=parse_flags)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llada_jax import compile as compile_lib
-from llada_jax import hlo
+from llada_jax import hlo, mesh
 
 # Sizes that tell themselves apart in the compiled program.
 D_MODEL, MLP, LAYERS, VOCABULARY, CHUNK, LENGTH = 512, 1408, 6, 8192, 2048, 1152
@@ -51,10 +51,14 @@ def test_the_compiled_step(compiled):
     widest = max(s.nbytes for s in program.arrays() if s.dtype == "f32")
     assert widest <= chunk, "no float32 array beyond positions x one chunk of the vocabulary"
 
-    gathered = [s for kind, i, _ in program.collectives() if kind == "all-gather" for s in i.shapes if s.dtype != "s32"]
-    assert gathered
-    for shape in gathered:
-        assert not {LENGTH, 8 * LENGTH} & set(shape.dims), f"an activation is gathered: {shape}"
+    moved = [(kind, s) for kind, i, _ in program.collectives() for s in i.shapes if s.dtype in ("f32", "bf16")]
+    assert any(kind in ("all-gather", "collective-permute") for kind, _ in moved)
+    for kind, shape in moved:
+        # Rows come from an embedding that is split over its width by one all-to-all; nothing else moves positions.
+        if kind == "all-to-all":
+            assert shape.nbytes <= LENGTH * D_MODEL * 2
+            continue
+        assert not {LENGTH, 8 * LENGTH} & set(shape.dims), f"an activation is moved by {kind}: {shape}"
         # One matrix of one layer, or one chunk of the head, in bfloat16: never all layers at once.
         assert shape.nbytes <= D_MODEL * max(MLP, CHUNK) * 2, f"more than a layer is gathered: {shape}"
 
@@ -72,12 +76,15 @@ def test_the_report_counts_what_it_must(compiled):
         for x in jax.tree.leaves(compile_lib.make_abstract(plan))
     )
     assert arguments <= memory["arguments"] < 1.2 * arguments + 2**20  # tiles of 8 x 128 round up
-    assert memory["total"] == memory["arguments"] + memory["temporaries"] < 2**30
+    # The new state lies where the old one was: the peak holds neither twice, and some 60 MiB of activations.
+    assert arguments + 10 * 2**20 < memory["total"] < arguments + 150 * 2**20
     # Each of 4 draws gathers every layer in five passes: reference, forward, and three of the backward pass.
     layer = (4 * D_MODEL**2 + 3 * D_MODEL * MLP) * 2
     sent = sum(x["bytes"] for x in found["collectives"].values())
     assert 1 < sent / (4 * 5 * LAYERS * layer * 7 / 8) < 2.5
-    assert found["binds"] == max(found["implied_seconds"], key=found["implied_seconds"].get)
+    # 6 passes over 4 draws of a row on each chip of 197 TFLOP/s: 2 FLOPs a weight, 4 a key and width.
+    flops = 2 * (LAYERS * layer / 2 + D_MODEL * VOCABULARY) + 4 * LENGTH * D_MODEL * LAYERS
+    assert found["implied_seconds"]["compute"] == pytest.approx(6 * 4 * LENGTH * flops / 197e12, rel=1e-3)
 
 
 @pytest.mark.slow
@@ -88,6 +95,14 @@ def test_out_of_memory_is_one_line_with_the_setting_to_change(config, topology):
     with pytest.raises(MemoryError, match=r"needs [\d.]+ GiB on a chip that has 15\.75.*vrpo\.mc_chunk=1") as error:
         compile_lib.compile_step(plan)
     assert "\n" not in str(error.value)
+
+
+def test_data_crosses_slices_and_nothing_else_does(topology):
+    devices, _ = compile_lib.topology("v5e:2x2", slices=2)
+    slices = np.vectorize(lambda device: device.slice_index)(mesh.make_mesh(2, 2, 2, devices).devices)
+    assert (slices == np.array([0, 1])[:, None, None]).all()
+    with pytest.raises(ValueError, match="mesh.data=1 is no multiple of the 2 slices"):
+        mesh.make_mesh(1, -1, 1, devices)
 
 
 @pytest.mark.parametrize("name", ["v9:2x2", "v5p", "v5p:2by2", "H100:2x2"])
@@ -108,7 +123,7 @@ def test_the_command_line(topology):
     assert done.returncode and done.stderr.strip().splitlines()[-1].startswith("error: mesh sizes")
 
 
-PROGRAM = """HloModule m, input_output_alias={ {0}: (0, {}, may-alias), {1}: (2, {}, may-alias) }
+PROGRAM = """HloModule m, input_output_alias={ {0}: (0, {}, may-alias), {1}: (2, {}, may-alias) }, num_partitions=8
 
 %fused (p0: f32[8,4], p1: s32[]) -> f32[4] {
   %p0 = f32[8,4]{1,0} parameter(0)
@@ -123,6 +138,9 @@ PROGRAM = """HloModule m, input_output_alias={ {0}: (0, {}, may-alias), {1}: (2,
   %two = s32[] constant(2)
   %row = f32[1,4]{1,0} fusion(%x, %i), kind=kLoop, calls=%fused
   %gather = bf16[16,4]{1,0:S(1)} all-gather(%row), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
+  %sum = (f32[8,4]{1,0}, f32[2]{0}) all-reduce(%x, %x), channel_id=2, replica_groups={}, to_apply=%add
+  %copy = (f32[8,4]{1,0:S(1)}, f32[8,4]{1,0}, u32[]) copy-start(%x)
+  %send = (f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%x), channel_id=3, source_target_pairs={{0,1}}
   %next = s32[] add(%i, %two)
   ROOT %out = (s32[], f32[8,4]{1,0}) tuple(%next, %x)
 }
@@ -148,8 +166,13 @@ def test_reading_a_program():
     program = hlo.Program(PROGRAM)
     assert program.aliased_outputs == 2
     assert program.times == {"main": 1, "body": 5}
-    assert program.collective_bytes() == {"all-gather": (5, 5 * 16 * 4 * 2 * 3 // 4)}
+    assert program.collective_bytes() == {
+        "all-gather": (5, 5 * 16 * 4 * 2 * 3 // 4),
+        "all-reduce": (5, 5 * 2 * (32 + 2) * 4 * 7 // 8),
+        "collective-permute": (5, 5 * 16),
+    }
     # The fusion reads a row and the counter and writes a row, the gather reads that row (its result stays on the
-    # chip), the counter is read with its step and written, and the condition costs nothing that is counted.
-    assert program.hbm_bytes() == 5 * ((16 + 4 + 16) + 16 + (4 + 4 + 4))
+    # chip), the all-reduce reads two arrays and writes two, the copy only reads (its end is on the chip), the permute
+    # reads and writes a row, the counter is read with its step and written, and the condition is not counted.
+    assert program.hbm_bytes() == 5 * ((16 + 4 + 16) + 16 + (128 + 8 + 2 * 128) + 128 + 2 * 16 + (4 + 4 + 4))
     assert hlo.Shape("bf16", (16, 4), in_hbm=False) not in program.arrays()

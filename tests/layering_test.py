@@ -35,9 +35,9 @@ MAP = {
     "train": "checkpoint convert data distributed evaluate mesh metrics noise plan reference state steps",
     # Beside, never imported by train.py.
     "benchmark_load": "convert mesh model",
-    "benchmark_step": "attention batch chips convert data mesh noise plan state steps train",
+    "benchmark_step": "attention batch chips convert data distributed mesh noise plan state steps train",
     "benchmark_torch": "batch benchmark_step model steps",
-    "benchmark": "benchmark_load benchmark_step benchmark_torch train",
+    "benchmark": "benchmark_load benchmark_step benchmark_torch distributed train",
     "hlo": "",
     "compile": "attention batch benchmark_step chips hlo mesh plan state train",
     "sudoku": "",

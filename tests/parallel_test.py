@@ -15,7 +15,9 @@ from llada_jax.model import LLaDA, ModelConfig
 
 ROWS, LENGTH, SEGMENTS, NUM_STEPS = 16, 24, 4, 5
 MODEL = LLaDA(
-    ModelConfig(d_model=32, n_heads=8, n_layers=2, vocab_size=64, mask_token_id=63, mlp_hidden_size=48)
+    ModelConfig(d_model=32, n_heads=8, n_layers=2, vocab_size=64, mask_token_id=63, mlp_hidden_size=48),
+    remat="full",
+    logps_chunk=24,  # no divisor of the vocabulary, nor of a shard of it
 )
 SETTINGS = steps.Preference(scheme=noise.Scheme(n_t=2))
 KWARGS = {"model": MODEL, "settings": SETTINGS, "num_segments": SEGMENTS}
