@@ -56,7 +56,7 @@ class Estimate:
 
     value: Float32[Array, " b"]
     terms: Float32[Array, "t y b"]
-    stderr: Float32[Array, " b"]  # of value, from the spread between times; nan where n_t = 1
+    stderr: Float32[Array, " b"]  # of value, see `standard_error`
 
 
 def estimate_elbo(
@@ -71,13 +71,14 @@ def estimate_elbo(
     times: str = "iid",
     masks: str = "exact",
     weights: str = "plain",
+    pseudo_count: float = 0.0,
     chunk: int = 0,
 ) -> Estimate:
-    """Equation 6: the mean of n_t x n_yt terms, unbiased for every scheme of `noise` unless its name says otherwise.
+    """Equation 6: the mean of n_t x n_yt terms, unbiased for every scheme of `noise` but those in `noise.BIASED`.
 
     `chunk` draws go through the model at a time (0: all). Raises ValueError for unknown schemes.
     """
-    scheme = noise_lib.Scheme(n_t, n_yt, times, masks, weights)
+    scheme = noise_lib.Scheme(n_t, n_yt, times, masks, weights, pseudo_count=pseudo_count)
     drawn = noise_lib.draw_rows(
         jax.random.split(key, tokens.shape[0]),
         response_mask,
@@ -157,7 +158,10 @@ def packed_terms(
 
 
 def standard_error(terms: Float[Array, "t y *b"]) -> Float[Array, "*b"]:
-    """Of the mean over all n_t x n_yt terms, from the spread of the n_t means; nan where n_t = 1."""
+    """Of the mean over all n_t x n_yt terms, from the spread of the n_t means; nan where n_t = 1.
+
+    True for iid times with independent masks and plain weights. Other schemes make the mean vary less than that.
+    """
     n_t = terms.shape[0]
     means = terms.mean(axis=1)
     if n_t == 1:

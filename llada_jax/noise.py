@@ -1,18 +1,25 @@
 """Times and masks: the forward process, as masks and token weights (DESIGN: "An estimator is masks and token weights").
 
 A draw masks some response tokens of a row; its term for one segment is `sum over masked i of weights[i] * log p_i`, and
-the mean of the terms over the draws estimates the segment's ELBO. Every scheme is one entry in TIMES, MASKS or WEIGHTS.
+the mean of the terms over the draws estimates the segment's ELBO. Every scheme is one entry in TIMES, MASKS or WEIGHTS,
+and a function of uniform numbers that `draw_row` hands it: adding one is one function and one entry. `elbo.md` has the
+formulas and what each is worth.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float32, Int, Key
 
 # One number a purpose, so that no two share random bits.
 STREAMS = {"policy": 0, "reference": 1, "evaluate": 2, "crop": 3, "init": 4}
+
+Times = tuple[Float32[Array, "t s"], Float32[Array, "t s"], Float32[Array, "t s"]]
+Masked = tuple[Bool[Array, "n l"], Float32[Array, "n s"]]
 
 
 @flax.struct.dataclass
@@ -31,57 +38,220 @@ class Segments:
     lengths: Int[Array, " s"]  # response tokens of each segment
 
 
-def iid_times(key: Key[Array, ""], n_t: int, segments: int) -> Float32[Array, "t s"]:
-    """Independent uniform times on (0, 1]."""
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(n_t))
-    return 1 - jax.vmap(lambda k: jax.random.uniform(k, (segments,)))(keys)
+@flax.struct.dataclass
+class Draws:
+    """What WEIGHTS turn into token weights; all is 0 at tokens that are no response tokens."""
+
+    masked: Bool[Array, "n l"]
+    inverse: Float32[Array, "n l"]  # 1 / P(the token is masked | the draw's time): L / l, or 1 / p
+    ratio: Float32[Array, "n l"]  # what the draw's time counts: 1, unless some times are drawn more often than others
+    expected: Float32[Array, "n l"]  # the mean of ratio given the draws at other times
+    segments: Segments
+    independent: Float32[Array, "n n"]  # 1 where two draws have other times, and masks independent given those
 
 
-def exact_masks(key, t: Float32[Array, "n s"], segments: Segments, eps: float):
+# ---- times: (u, lengths) -> (t, ratio, expected), all [n_t, s]; u is uniform on (0, 1], t is in (0, 1].
+# Unbiased where the mean over the draws of ratio x h(t) has the expectation of h(t) under uniform t, for every h.
+# expected is the mean of ratio given the other times; ratio itself is always right there, and serves less.
+
+
+def iid_times(u: Float32[Array, "t s"], lengths: Int[Array, " s"]) -> Times:
+    """Independent uniform times."""
+    return u, jnp.ones_like(u), jnp.ones_like(u)
+
+
+def stratified_times(u: Float32[Array, "t s"], lengths: Int[Array, " s"]) -> Times:
+    """One uniform time in each of n_t equal strata; their mixture is the uniform distribution."""
+    n = u.shape[0]
+    return (jnp.arange(n)[:, None] + u) / n, jnp.ones_like(u), jnp.ones_like(u)
+
+
+def systematic_times(u: Float32[Array, "t s"], lengths: Int[Array, " s"]) -> Times:
+    """Evenly spaced times with one random offset: each is stratified, all move together."""
+    return stratified_times(jnp.broadcast_to(u[:1], u.shape), lengths)
+
+
+def antithetic_times(u: Float32[Array, "t s"], lengths: Int[Array, " s"]) -> Times:
+    """Pairs t, 1 - t in draws 2k and 2k + 1, the t stratified over (0, 1/2]; an odd last draw is uniform on (0, 1].
+
+    t and 1 - t of one pair are together uniform on the pair's two strata, and all strata together on (0, 1].
+    """
+    paired = u.shape[0] // 2 * 2
+    low = (jnp.arange(paired // 2)[:, None] + u[0:paired:2]) / max(paired, 1)
+    pairs = jnp.stack([low, 1 - low], 1).reshape(paired, -1)
+    return jnp.concatenate([pairs, u[paired:]]), jnp.ones_like(u), jnp.ones_like(u)
+
+
+def importance_times(u: Float32[Array, "t s"], lengths: Int[Array, " s"]) -> Times:
+    """Stratified draws of l with P(l) = sqrt(l / L) - sqrt((l - 1) / L), about 1 / (2 sqrt(l L)): small l more often.
+
+    A term's variance goes about as 1 / l, and its square root is the best density. ratio = (1 / L) / P(l) makes
+    the weighted count uniform. For masks by count only: t is the middle of its l.
+    """
+    n = u.shape[0]
+    length = jnp.maximum(lengths, 1).astype(jnp.float32)
+
+    def at(v):  # count, ratio = 1 / (L P(l)) without the difference of two roots, and its integral from 0 to v
+        count = jnp.clip(jnp.ceil(jnp.square(v) * length), 1, length)
+        ratio = (jnp.sqrt(count) + jnp.sqrt(count - 1)) / jnp.sqrt(length)
+        return count, ratio, (count - 1) / length + (v - jnp.sqrt((count - 1) / length)) * ratio
+
+    count, ratio, _ = at(stratified_times(u, lengths)[0])
+    _, _, integral = at(jnp.arange(n + 1)[:, None] / n)
+    return (count - 0.5) / length, ratio, n * jnp.diff(integral, axis=0)
+
+
+def official_times(u: Float32[Array, "t s"], lengths: Int[Array, " s"]) -> Times:
+    """LLaDA's evaluation grid l_i = ((round(k + i L / n) - 1) mod L) + 1, k uniform on 1..L (spec: Objectives).
+
+    Biased where some i L / n ends in one half: rounding to even makes even l more frequent. For masks by count only.
+    """
+    n = u.shape[0]
+    length = jnp.maximum(lengths, 1)
+    k = jnp.ceil(u[:1] * length)
+    count = (jnp.round(k + jnp.arange(n)[:, None] * (length / n)).astype(jnp.int32) - 1) % length + 1
+    return (count - 0.5) / length, jnp.ones_like(u), jnp.ones_like(u)
+
+
+def gauss_legendre_times(u: Float32[Array, "t s"], lengths: Int[Array, " s"]) -> Times:
+    """The n_t nodes of Gauss-Legendre quadrature on (0, 1) and their weights, without chance in t.
+
+    Biased: exact for polynomials in t up to degree 2 n_t - 1, and the conditional mean is none.
+    """
+    n = u.shape[0]
+    nodes, weights = np.polynomial.legendre.leggauss(n)
+    t, ratio = (jnp.asarray(x, jnp.float32)[:, None] for x in ((nodes + 1) / 2, n * weights / 2))
+    t, ratio = jnp.broadcast_to(t, u.shape), jnp.broadcast_to(ratio, u.shape)
+    return t, ratio, ratio
+
+
+# ---- masks: (scores [n, l], t [n, s], segments, eps) -> (masked [n, l], 1 / P(masked | t) [n, s]); scores are uniform.
+# Unbiased where each draw alone has the distribution of its t; how the draws depend on each other is free.
+
+
+def exact_masks(scores: Float32[Array, "n l"], t: Float32[Array, "n s"], segments: Segments, eps: float) -> Masked:
     """l = ceil(t L) tokens of each segment without replacement, weight L / l (equation 15).
 
     ceil on (0, 1] is the paper's floor(t L) + 1 on [0, 1): l is uniform on 1..L where t is uniform.
     """
     del eps
-    lengths = segments.lengths
-    counts = jnp.clip(jnp.ceil(t * lengths).astype(jnp.int32), 1, jnp.maximum(lengths, 1))
-    starts = jnp.cumsum(lengths) - lengths
-
-    def one(key, count):
-        # Sorted by segment, then by a uniform score: the place within the segment is a random permutation.
-        scores = jax.random.uniform(key, segments.index.shape)
-        places = jnp.arange(scores.size, dtype=jnp.int32)
-        _, _, order = jax.lax.sort((segments.index, scores, places), num_keys=2)
-        rank = jnp.zeros_like(places).at[order].set(places)
-        return rank < _per_token(starts + count, segments)
-
-    masked = jax.vmap(one)(_draw_keys(key, t), counts)
-    return masked, lengths / counts.astype(jnp.float32)
+    counts = _counts(t, segments)
+    return _intervals(_ranks(scores, segments), jnp.zeros_like(counts), counts, segments)
 
 
-def bernoulli_masks(key, t: Float32[Array, "n s"], segments: Segments, eps: float):
+def bernoulli_masks(scores: Float32[Array, "n l"], t: Float32[Array, "n s"], segments: Segments, eps: float) -> Masked:
     """Each token with probability p = (1 - eps) t + eps, weight 1 / p (equation 13; eps as in pre-training)."""
     p = (1 - eps) * t + eps
-
-    def one(key, p):
-        return jax.random.uniform(key, segments.index.shape) < _per_token(p, segments)
-
-    return jax.vmap(one)(_draw_keys(key, t), p), 1 / p
+    return scores < jax.vmap(_per_token, (0, None))(p, segments), 1 / p
 
 
-def plain_weights(masked: Bool[Array, "n l"], weights: Float32[Array, "n l"]) -> Float32[Array, "n l"]:
+def coupled_masks(scores: Float32[Array, "n l"], t: Float32[Array, "n s"], segments: Segments, eps: float) -> Masked:
+    """As "exact"; draws 2k and 2k + 1 take the two ends of one random permutation, so that they overlap the least.
+
+    Either end of a uniform permutation is a uniform set of its size.
+    """
+    del eps
+    counts = _counts(t, segments)
+    n = scores.shape[0]
+    ranks = jnp.repeat(_ranks(scores[::2], segments), 2, axis=0)[:n]
+    starts = jnp.where(jnp.arange(n)[:, None] % 2 == 0, 0, segments.lengths - counts)
+    return _intervals(ranks, starts, counts, segments)
+
+
+def cyclic_masks(scores: Float32[Array, "n l"], t: Float32[Array, "n s"], segments: Segments, eps: float) -> Masked:
+    """As "exact"; the draws take one interval after the other of one random circle: tokens are masked equally often.
+
+    Any interval of a uniform permutation is a uniform set of its size.
+    """
+    del eps
+    counts = _counts(t, segments)
+    ranks = jnp.repeat(_ranks(scores[:1], segments), scores.shape[0], axis=0)
+    return _intervals(ranks, jnp.cumsum(counts, axis=0) - counts, counts, segments)
+
+
+# ---- weights: draws -> what the log-probability of each masked token counts [n, l].
+
+
+def plain_weights(draws: Draws, pseudo_count: float) -> Float32[Array, "n l"]:
     """Every masked token counts what its draw says."""
-    return jnp.where(masked, weights, 0)
+    del pseudo_count
+    return jnp.where(draws.masked, draws.ratio * draws.inverse, 0)
 
 
-TIMES = {"iid": iid_times}
-MASKS = {"exact": exact_masks, "bernoulli": bernoulli_masks}
-WEIGHTS = {"plain": plain_weights}
+def leave_one_out_weights(draws: Draws, pseudo_count: float) -> Float32[Array, "n l"]:
+    """Each draw has the other draws' log-probabilities of the same tokens as its control variate.
+
+    With a_i the mean of log p_i over the independent draws that mask i (`pseudo_count` c > 0: over those and c times
+    the mean over all their tokens), draw k becomes
+    expected_k sum_i a_i + ratio_k inverse_k sum_{i in m_k} (log p_i - a_i).
+    Unbiased: given the independent draws, E[inverse_k 1(i in m_k) | t_k] = 1 and E[ratio_k] = expected_k, so what a_i
+    adds has mean 0. Collected by log-probability, a sum of weights that depend on times and masks alone.
+    """
+    others = lambda x: jnp.matmul(draws.independent, x, precision=jax.lax.Precision.HIGHEST)  # noqa: E731
+    # [k, i]: mean 0 whatever the draws that are independent of k.
+    residual = draws.expected - draws.ratio * draws.inverse * draws.masked
+    counts = others(draws.masked.astype(jnp.float32))
+    residual = residual / (counts + pseudo_count if pseudo_count else jnp.maximum(counts, 1))
+    extra = others(residual)
+    if pseudo_count:
+        # What the mean over all tokens of a segment gets, for every draw k that it is a part of.
+        totals = _of_segments(counts, draws.segments)
+        means = pseudo_count * _of_segments(residual, draws.segments) / jnp.maximum(totals, 1)
+        extra += others(jax.vmap(_per_token, (0, None))(means, draws.segments))
+    return plain_weights(draws, pseudo_count) + jnp.where(draws.masked, extra, 0)
+
+
+def self_normalised_weights(draws: Draws, pseudo_count: float) -> Float32[Array, "n l"]:
+    """The weights of each token divided by their mean over the draws: biased, as a ratio of two means is.
+
+    A token that no draw masks counts nothing.
+    """
+    weights = plain_weights(draws, pseudo_count)
+    return jnp.where(draws.masked, weights / jnp.where(draws.masked, weights.mean(0), 1), 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskScheme:
+    """How masks are drawn, and how many consecutive draws share randomness (0: all of them)."""
+
+    draw: Callable[..., Masked]
+    block: int = 1
+
+
+TIMES = {
+    "iid": iid_times,
+    "stratified": stratified_times,
+    "systematic": systematic_times,
+    "antithetic": antithetic_times,
+    "importance": importance_times,
+    "official": official_times,
+    "gauss_legendre": gauss_legendre_times,
+}
+MASKS = {
+    "exact": MaskScheme(exact_masks),
+    "bernoulli": MaskScheme(bernoulli_masks),
+    "coupled": MaskScheme(coupled_masks, 2),
+    "cyclic": MaskScheme(cyclic_masks, 0),
+}
+WEIGHTS = {
+    "plain": plain_weights,
+    "leave_one_out": leave_one_out_weights,
+    "self_normalised": self_normalised_weights,
+}
+SHARED = ("nothing", "times", "masks")
+# Schemes whose expectation is not the ELBO; every other is unbiased, alone and with any of the others.
+BIASED = {"official", "gauss_legendre", "self_normalised"}
+BY_COUNT = {"official", "importance"}  # times on the grid of the response's own length
 
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """How the Monte Carlo budget of n_t x n_yt draws is spent (equation 6); `eps` is for Bernoulli masks only."""
+    """How the Monte Carlo budget of n_t x n_yt draws is spent (equation 6).
+
+    `eps` is for Bernoulli masks only; `pseudo_count` for leave_one_out only (how much its control variates shrink).
+    `share_in_pair`: what a winner's draws (segment 2k + 1) have in common with its loser's (2k + 2): "nothing" as in
+    the paper, "times", or times and "masks", which are then alike token by token from the start of the responses.
+    """
 
     n_t: int = 8
     n_yt: int = 1
@@ -89,19 +259,44 @@ class Scheme:
     masks: str = "exact"
     weights: str = "plain"
     eps: float = 0.0
+    pseudo_count: float = 0.0
+    share_in_pair: str = "nothing"
 
     def __post_init__(self):
-        for name, known in (("times", TIMES), ("masks", MASKS), ("weights", WEIGHTS)):
+        for name, known in (("times", TIMES), ("masks", MASKS), ("weights", WEIGHTS), ("share_in_pair", SHARED)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
         if self.n_t < 1 or self.n_yt < 1:
             raise ValueError(f"n_t={self.n_t}, n_yt={self.n_yt}: both must be at least 1")
         if not 0 <= self.eps < 1 or (self.eps and self.masks != "bernoulli"):
             raise ValueError(f"eps={self.eps}, masks={self.masks!r}: eps is in [0, 1), and 0 unless masks='bernoulli'")
+        if self.times in BY_COUNT and self.masks == "bernoulli":
+            raise ValueError(f"times={self.times!r} are counts of masked tokens: use masks by count, not 'bernoulli'")
+        if self.pseudo_count < 0 or (self.pseudo_count and self.weights != "leave_one_out"):
+            raise ValueError(
+                f"pseudo_count={self.pseudo_count}, weights={self.weights!r}: pseudo_count is at least 0, and 0 "
+                "unless weights='leave_one_out'"
+            )
+        if self.weights == "leave_one_out" and not self._independent().any():
+            raise ValueError(
+                f"weights='leave_one_out' needs independent draws; n_t={self.n_t} times with masks={self.masks!r} have "
+                "none: use more times, or other masks"
+            )
 
     @property
     def n(self) -> int:
         return self.n_t * self.n_yt
+
+    @property
+    def biased(self) -> bool:
+        """Whether the estimate's expectation may differ from the ELBO."""
+        return bool(BIASED & {self.times, self.masks, self.weights})
+
+    def _independent(self) -> np.ndarray:
+        """[n, n]: 1 where two draws have other times, and masks that are independent given those."""
+        draw = np.arange(self.n)
+        block, time = draw // (MASKS[self.masks].block or self.n), draw // self.n_yt
+        return ((block[:, None] != block) & (time[:, None] != time)).astype(np.float32)
 
 
 def stream_key(seed: int, stream: str) -> Key[Array, ""]:
@@ -122,17 +317,29 @@ def draw_row(
     num_segments: int,
     scheme: Scheme,
 ) -> Noise:
-    """`scheme.n` draws for one row, independent in each segment; draw j is sample j % n_yt of time j // n_yt."""
+    """`scheme.n` draws for one row; draw j is sample j % n_yt of time j // n_yt.
+
+    Segments draw independently, but for what `scheme.share_in_pair` says of the two of a pair.
+    """
     response_mask = response_mask.astype(bool)
     index = jnp.where(response_mask, segment_ids - 1, num_segments).astype(jnp.int32)
     lengths = jnp.sum(index[:, None] == jnp.arange(num_segments), axis=0, dtype=jnp.int32)
     segments = Segments(index, lengths)
     key_t, key_y = jax.random.split(key)
-    t = jnp.repeat(TIMES[scheme.times](key_t, scheme.n_t, num_segments), scheme.n_yt, axis=0)
-    masked, weights = MASKS[scheme.masks](key_y, t, segments, scheme.eps)
+    # On (0, 1]: a time of 0 would mask nothing.
+    u = 1 - jax.vmap(lambda k: jax.random.uniform(k, (num_segments,)))(_draw_keys(key_t, scheme.n_t))
+    scores = jax.vmap(lambda k: jax.random.uniform(k, index.shape))(_draw_keys(key_y, scheme.n))
+    if scheme.share_in_pair != "nothing":
+        u = u[:, np.arange(num_segments) // 2 * 2]
+    if scheme.share_in_pair == "masks":
+        scores = scores[:, _places_in_pair(segments)]
+    t, ratio, expected = (jnp.repeat(x, scheme.n_yt, axis=0) for x in TIMES[scheme.times](u, lengths))
+    masked, inverse = MASKS[scheme.masks].draw(scores, t, segments, scheme.eps)
     masked = masked & response_mask
-    per_token = jax.vmap(_per_token, (0, None))(weights, segments)
-    return Noise(masked, WEIGHTS[scheme.weights](masked, per_token))
+    per_token = (jax.vmap(_per_token, (0, None))(x, segments) for x in (inverse, ratio, expected))
+    draws = Draws(masked, *per_token, segments, jnp.asarray(scheme._independent()))
+    weights = WEIGHTS[scheme.weights](draws, scheme.pseudo_count)
+    return Noise(masked, weights)
 
 
 def draw_rows(
@@ -151,8 +358,49 @@ def draw_rows(
     return jax.vmap(one, out_axes=1)(keys, response_mask, segment_ids)
 
 
-def _draw_keys(key: Key[Array, ""], t: Float32[Array, "n s"]) -> Key[Array, " n"]:
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(t.shape[0]))
+def _draw_keys(key: Key[Array, ""], n: int) -> Key[Array, " n"]:
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(n))
+
+
+def _counts(t: Float32[Array, "n s"], segments: Segments) -> Int[Array, "n s"]:
+    lengths = segments.lengths
+    return jnp.clip(jnp.ceil(t * lengths).astype(jnp.int32), 1, jnp.maximum(lengths, 1))
+
+
+def _ranks(scores: Float32[Array, "n l"], segments: Segments) -> Int[Array, "n l"]:
+    """The place of each response token in its segment's tokens by score: a random permutation."""
+    places = jnp.arange(scores.shape[1], dtype=jnp.int32)
+    starts = _per_token(jnp.cumsum(segments.lengths) - segments.lengths, segments)
+
+    def one(scores):
+        _, _, order = jax.lax.sort((segments.index, scores, places), num_keys=2)
+        return jnp.zeros_like(places).at[order].set(places) - starts
+
+    return jax.vmap(one)(scores)
+
+
+def _intervals(ranks, starts: Int[Array, "n s"], counts: Int[Array, "n s"], segments: Segments) -> Masked:
+    """Masks the `counts` ranks from `starts` on, around the circle of each segment's ranks."""
+    starts, sizes = (jax.vmap(_per_token, (0, None))(x, segments) for x in (starts, counts))
+    length = jnp.maximum(_per_token(segments.lengths, segments), 1)
+    return (ranks - starts) % length < sizes, segments.lengths / counts.astype(jnp.float32)
+
+
+def _places_in_pair(segments: Segments) -> Int[Array, " l"]:
+    """Where each token finds its score: a pair's k-th response tokens both at k places after its first.
+
+    A pair's tokens lie side by side, so those places are its own.
+    """
+    places = jnp.arange(segments.index.size, dtype=jnp.int32)
+    first = jnp.argmax(segments.index[:, None] == jnp.arange(segments.lengths.size), axis=0)
+    shared = places - _per_token(first, segments) + _per_token(first[np.arange(first.size) // 2 * 2], segments)
+    return jnp.where(segments.index < first.size, shared, places)
+
+
+def _of_segments(values: Float32[Array, "n l"], segments: Segments) -> Float32[Array, "n s"]:
+    """Sums over the response tokens of each segment."""
+    inside = segments.index[:, None] == jnp.arange(segments.lengths.size)
+    return jnp.sum(jnp.where(inside, values[..., None], 0), axis=1)
 
 
 def _per_token(values: Array, segments: Segments) -> Array:

@@ -1,5 +1,7 @@
 """Masks and weights: counts, independence, and that noise is a function of seed, stream, row, epoch and draw."""
 
+from math import comb
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,6 +61,96 @@ def test_subsets_of_one_size_are_equally_likely(many, masks):
     assert chi2 < 27.9  # 0.1 % of a chi-squared with nine degrees of freedom
 
 
+COMBINATIONS = [
+    *({"times": times} for times in noise.TIMES),
+    {"times": "iid", "weights": "self_normalised"},
+    *({"times": "stratified", "masks": masks} for masks in noise.MASKS),
+    *(
+        {"times": times, "masks": masks, "weights": "leave_one_out", "pseudo_count": count}
+        for times, masks, count in (
+            ("iid", "exact", 0.0),
+            ("stratified", "exact", 1.5),
+            ("systematic", "bernoulli", 1.5),
+            ("antithetic", "coupled", 0.0),
+            ("importance", "exact", 1.5),
+            ("importance", "coupled", 0.0),
+        )
+    ),
+    {"times": "stratified", "masks": "cyclic", "share_in_pair": "masks"},
+    {"times": "importance", "weights": "leave_one_out", "share_in_pair": "times"},
+]
+
+
+@pytest.mark.parametrize("scheme", COMBINATIONS, ids=lambda s: "-".join(map(str, s.values())))
+def test_expected_weights_are_those_of_the_exact_elbo(scheme):
+    """The weight that token i gets with the mask m is 1 / (l C(L, l)) on average: unbiased for any model, any gradient.
+
+    The ELBO is the sum of that times log p_i(m) over all m and i in m (equation 14).
+    """
+    # "official" is biased where i L / n ends in one half.
+    scheme = noise.Scheme(n_t=8 if scheme["times"] == "official" else 3, **scheme)
+    rows, length = 12_000, 4
+    layout = jnp.tile(jnp.array([1, 1, 1, 1, 1, 2, 2, 2, 2, 0]), (rows, 1))
+    response = jnp.tile(jnp.array([0, 1, 1, 1, 1, 1, 1, 1, 1, 0], bool), (rows, 1))
+    draw = jax.jit(lambda keys: noise.draw_rows(keys, response, layout, num_segments=2, scheme=scheme))
+    drawn = draw(jax.random.split(jax.random.key(0), rows))
+    worst = 0.0
+    for start in (1, 5):
+        masked, weights = (np.asarray(x[..., start : start + length]) for x in (drawn.masked, drawn.weights))
+        subset = masked @ (1 << np.arange(length))
+        for m in range(1, 2**length):
+            for i in (i for i in range(length) if m >> i & 1):
+                found = np.where(subset == m, weights[..., i], 0).mean(0)
+                size = m.bit_count()
+                error = max(found.std() / np.sqrt(rows), 1e-6)
+                worst = max(worst, abs(found.mean() - 1 / (size * comb(length, size))) / error)
+    if scheme.biased:
+        assert worst > 10, "what is called biased is not"
+    else:
+        assert worst < 4.5  # 64 numbers
+
+
+def test_a_pair_may_share_times_and_masks():
+    layout, response = np.zeros((1, 20), int), np.zeros((1, 20), bool)
+    layout[0, :9], layout[0, 9:19] = 1, 2
+    response[0, 3:9], response[0, 12:19] = True, True  # 6 and 7 tokens
+    keys = jax.random.split(jax.random.key(0), 1)
+
+    def of(**kwargs):
+        scheme = noise.Scheme(n_t=64, **kwargs)
+        drawn = noise.draw_rows(keys, jnp.asarray(response), jnp.asarray(layout), num_segments=2, scheme=scheme)
+        masked = np.asarray(drawn.masked[:, 0])
+        return masked[:, 3:9], masked[:, 12:19]
+
+    def alike(pair):
+        return (pair[0] == pair[1][:, :6]).mean()
+
+    winner, loser = of(share_in_pair="times")
+    assert np.abs(winner.sum(1) / 6 - loser.sum(1) / 7).max() < 1 / 6
+    assert alike((winner, loser)) < 0.85 < alike(of(share_in_pair="masks"))
+    # Sharing leaves the winner's own noise as it was.
+    np.testing.assert_array_equal(winner, of()[0])
+    np.testing.assert_array_equal(winner, of(share_in_pair="masks")[0])
+
+
+def test_complements_and_circles():
+    keys = jax.random.split(jax.random.key(0), 200)
+    coupled = np.asarray(draw(keys, noise.Scheme(n_t=4, times="antithetic", masks="coupled")).masked)
+    both = coupled[0::2].astype(int) + coupled[1::2]
+    assert (both[..., RESPONSE] >= 1).all() and (both[..., 6:11] == 2).sum(-1).max() <= 1
+    cyclic = np.asarray(draw(keys, noise.Scheme(n_t=4, times="stratified", masks="cyclic")).masked)
+    often = cyclic.sum(0)[:, 6:11]
+    assert np.ptp(often, axis=1).max() <= 1
+
+
+def test_a_scheme_of_your_own_is_one_entry():
+    noise.TIMES["halves"] = lambda u, lengths: (u / 2, jnp.ones_like(u), jnp.ones_like(u))
+    try:
+        assert draw(jax.random.split(jax.random.key(0), 2), noise.Scheme(times="halves")).masked.shape == (8, 2, 13)
+    finally:
+        del noise.TIMES["halves"]
+
+
 def test_segments_draw_independently(many):
     masked = np.asarray(many["exact"].masked)
     first, second = masked[..., :5].sum(-1).ravel(), masked[..., 5:].sum(-1).ravel()
@@ -104,6 +196,11 @@ def test_one_token_responses_are_always_masked_with_weight_one():
 @pytest.mark.parametrize(
     "change, message",
     [
+        ({"times": "importance", "masks": "bernoulli"}, "use masks by count"),
+        ({"pseudo_count": 1.0}, "0 unless weights='leave_one_out'"),
+        ({"weights": "leave_one_out", "masks": "cyclic"}, "have none: use more times, or other masks"),
+        ({"weights": "leave_one_out", "n_t": 1}, "have none"),
+        ({"share_in_pair": "noise"}, "share_in_pair='noise' is not one of"),
         ({"times": "idd"}, "times='idd' is not one of"),
         ({"masks": "exactly"}, "masks='exactly' is not one of"),
         ({"n_t": 0}, "at least 1"),

@@ -1,0 +1,257 @@
+"""Tables and plots of what `variance_run` measured."""
+
+import csv
+import json
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from llada_jax import variance
+from llada_jax.variance import Estimator
+
+COST_OF_VALUE = 2  # forward passes of one draw: policy and reference
+COST_OF_GRADIENT = 4  # the policy's backward pass is two more
+
+
+def tabulate(
+    found: Sequence[dict], estimators: Sequence[Estimator], *, parts: Sequence[str], beta: float, flops: float
+) -> dict:
+    """The results of all batches as one dict of plain numbers: what table.json holds.
+
+    `found`: by batch, {"truth", "nested" and estimator names: arrays}; `flops`: of one forward pass of a pair.
+    Confidence intervals (2.5 %, 97.5 %) resample pairs, or, for gradients, batches.
+    """
+    kept = [batch["truth"]["is_pair"] for batch in found]
+
+    def by_pair(elbos, is_pair):  # [..., r, s] -> [..., q, 2]
+        return elbos.reshape(*elbos.shape[:-1], -1, 2)[..., is_pair, :]
+
+    truth = np.concatenate(
+        [by_pair(batch["truth"]["elbos"].mean(0), pairs) for batch, pairs in zip(found, kept, strict=True)], axis=-2
+    )
+    statistics, gradients = {}, {}
+    for e in estimators:
+        elbos = np.concatenate(
+            [by_pair(batch[e.name]["elbos"], pairs) for batch, pairs in zip(found, kept, strict=True)], axis=-2
+        )
+        statistics[e.name] = variance.pair_statistics(elbos, truth, beta)
+        if parts:
+            gradients[e.name] = {key: np.stack([batch[e.name][key] for batch in found]) for key in
+                                 ("trace", "mean_error", "error")}  # fmt: skip
+    pairs = truth.shape[-2]
+    repeats = len(found[0][estimators[0].name]["elbos"])
+    columns = {}
+    for e in estimators:
+        mine = statistics[e.name]
+        baseline = _vrpo(estimators, e.scheme.n)
+        column = {
+            "n_t": e.scheme.n_t,
+            "n_yt": e.scheme.n_yt,
+            "biased": e.scheme.biased,
+            "model calls": e.scheme.n,
+            "FLOPs a pair": e.scheme.n * flops * (COST_OF_GRADIENT if parts else COST_OF_VALUE),
+        }
+        for name in ("score variance", "score bias", "loss variance", "loss bias", "policy ELBO variance"):
+            column[name] = _interval(_mean_of(mine[name]), pairs)
+        column["correlation"] = float(
+            mine["covariance"].sum()
+            / max(np.sqrt(mine["policy ELBO variance"] * mine["reference ELBO variance"]).sum(), 1e-30)
+        )
+        column["score variance by Eq. 9"] = float(mine["Eq. 9"].mean())
+        column["Theorem 1: loss error"] = float(mine["loss error"].mean())
+        column["Theorem 1: its bound"] = float(np.sqrt(mine["score variance"]).mean())
+        column["Theorem 1: bound of loss variance"] = float(4 * mine["score variance"].mean())
+        if baseline is not None:
+            # Variance x cost over that of VRPO; where VRPO was measured at another n only, its variance goes as 1 / n.
+            cost = e.scheme.n / baseline.scheme.n
+            for name in ("score variance", "policy ELBO variance"):
+                other = statistics[baseline.name][name]
+                if other.mean() > 1e-9:  # a policy that is still its reference has rounding errors only
+                    column[f"{name} x cost / VRPO"] = _interval(_ratio_of(mine[name], other, cost), pairs)
+        for k, part in enumerate(parts):
+            traces = gradients[e.name]["trace"][:, k]
+            column[f"gradient variance: {part}"] = _interval(_mean_of(traces), len(found))
+            # |mean error|^2 holds the variance of the mean of the repeats and that of the truth as well.
+            noise = np.stack([batch["truth"]["variance"][k] for batch in found]) + traces / repeats
+            column[f"gradient bias^2: {part}"] = _interval(
+                _mean_of(gradients[e.name]["mean_error"][:, k] - noise), len(found)
+            )
+            column[f"gradient error: {part}"] = float(gradients[e.name]["error"][..., k].mean())
+            if baseline is not None:
+                other = gradients[baseline.name]["trace"][:, k]
+                column[f"gradient variance: {part} x cost / VRPO"] = _interval(
+                    _ratio_of(traces, other, e.scheme.n / baseline.scheme.n), len(found)
+                )
+        columns[e.name] = column
+    return {"columns": columns, "decomposition": _decomposition(found, kept, estimators, columns, parts, beta)}
+
+
+def _vrpo(estimators: Sequence[Estimator], n: int) -> Estimator | None:
+    """The published estimator (n_t = n iid exact draws, plain, shared) at n, or at the largest n measured."""
+    plain = [e for e in estimators if e.share_noise and e.scheme == type(e.scheme)(e.scheme.n_t)]
+    return max(plain, key=lambda e: (e.scheme.n == n, e.scheme.n), default=None)
+
+
+def _mean_of(values: np.ndarray) -> Callable:
+    return lambda chosen: values[chosen].mean()
+
+
+def _ratio_of(values: np.ndarray, others: np.ndarray, cost: float) -> Callable:
+    return lambda chosen: cost * values[chosen].mean() / others[chosen].mean()
+
+
+def _interval(statistic: Callable, count: int) -> list[float]:
+    """[value, low, high]."""
+    return list(variance.bootstrap(statistic, count))
+
+
+def _decomposition(found, kept, estimators, columns, parts, beta: float) -> dict:
+    """V_t and V_yt of the policy's ELBO, of the score and of the gradient; predictions beside what was measured."""
+
+    def by_pair(values, is_pair):
+        return values.reshape(*values.shape[:-2], -1, 2)[..., is_pair.ravel(), :]
+
+    both = [(batch["nested"]["terms"], pairs) for batch, pairs in zip(found, kept, strict=True)]
+    policy = np.concatenate([by_pair(t[:, :, 0], p) for t, p in both], axis=-2)  # [t, y, q, 2]
+    ratio = np.concatenate([by_pair(t[:, :, 0] - t[:, :, 1], p) for t, p in both], axis=-2)
+    shares = np.concatenate([by_pair(b["nested"]["shares"], p) for b, p in zip(found, kept, strict=True)], axis=-2)
+
+    out = {}
+    for name, terms, factor in (("policy ELBO", policy, 1.0), ("score", ratio, 2 * beta**2)):
+        split = variance.decompose(jnp.asarray(terms))
+        # Winner and loser draw independently: the score's variance is the sum of the two, 2 beta^2 x the mean.
+        v_t, v_yt = (factor * np.asarray(v).mean(-1) for v in (split.v_t, split.v_yt))
+        out[name] = {"V_t": _interval(_mean_of(v_t), len(v_t)), "V_yt": _interval(_mean_of(v_yt), len(v_yt))}
+    for k, part in enumerate(parts):
+        v_t, v_yt = (np.stack([batch["nested"][name][k] for batch in found]) for name in ("v_t", "v_yt"))
+        out[f"gradient: {part}"] = {"V_t": _interval(_mean_of(v_t), len(v_t)),
+                                    "V_yt": _interval(_mean_of(v_yt), len(v_yt))}  # fmt: skip
+    for name, values in out.items():
+        measured = {"policy ELBO": "policy ELBO variance", "score": "score variance"}.get(
+            name, name.replace("gradient:", "gradient variance:")
+        )
+        values["predicted, measured"] = {
+            e.name: [values["V_t"][0] / e.scheme.n_t + values["V_yt"][0] / e.scheme.n, columns[e.name][measured][0]]
+            for e in estimators
+            if _vrpo([e], e.scheme.n) or (e.share_noise and e.scheme == type(e.scheme)(e.scheme.n_t, e.scheme.n_yt))
+        }
+    bins = np.minimum((shares.ravel() * 10 - 1e-6).astype(int), 9)
+    # Each term's own mean over the nested draws is taken out: what is left is spread within a response.
+    centred = (ratio - ratio.mean((0, 1))).ravel()
+    out["by masked share"] = [
+        {
+            "l / L": (b + 0.5) / 10,
+            "count": int((bins == b).sum()),
+            "mean": float(centred[bins == b].mean()),
+            "variance": float(centred[bins == b].var()),
+        }
+        for b in np.unique(bins).tolist()
+    ]
+    return out
+
+
+def as_text(table: dict) -> str:
+    """The table for a terminal, a row an estimator; +- is half the width of the 95 % interval."""
+    columns = table["columns"]
+    first = next(iter(columns.values()))
+    shown = [k for k in first if isinstance(first[k], list) and not k.startswith("gradient bias")]
+    short = {k: k.replace("variance", "Var").replace("gradient Var:", "Var grad").replace("all parameters", "all")
+             for k in shown}  # fmt: skip
+    width = max(map(len, columns)) + 2
+    head = "estimator".ljust(width) + "n".rjust(3) + "".join(f"  {short[k]:>18}" for k in shown)
+    lines = [head]
+    for name, column in columns.items():
+        cells = "".join(f"  {_cell(column[k]) if k in column else '':>18}" for k in shown)
+        lines.append(f"{name:<{width}}{column['model calls']:>3}{cells}{'  biased' if column['biased'] else ''}")
+    for name, values in table["decomposition"].items():
+        if isinstance(values, dict):
+            lines.append(f"{name}: V_t {_cell(values['V_t'])}, V_yt {_cell(values['V_yt'])}")
+            for column, (predicted, measured) in values["predicted, measured"].items():
+                lines.append(f"    {column:<{width}} predicted {predicted:.3g}, measured {measured:.3g}")
+    return "\n".join(lines)
+
+
+def _cell(value: list[float]) -> str:
+    return f"{value[0]:.3g} +- {(value[2] - value[1]) / 2:.2g}"
+
+
+def write(table: dict, out: epath.Path, *, plots: bool = True) -> None:
+    """table.json, table.csv and, with matplotlib, variance.png, bias.png, terms.png in `out`."""
+    (out / "table.json").write_text(json.dumps(table, indent=1) + "\n")
+    with (out / "table.csv").open("w") as f:
+        names = list(dict.fromkeys(k for column in table["columns"].values() for k in column))
+        writer = csv.writer(f)
+        writer.writerow(["estimator", *(x for k in names for x in ([k] if k in _PLAIN else [k, "low", "high"]))])
+        for name, column in table["columns"].items():
+            cells = []
+            for k in names:
+                value = column.get(k, "" if k in _PLAIN else [""] * 3)
+                cells += value if isinstance(value, list) else [value] if k in _PLAIN else [value, "", ""]
+            writer.writerow([name, *cells])
+    if plots:
+        try:
+            _plot(table, out)
+        except ImportError:
+            raise ImportError("plots need matplotlib: pip install 'llada_jax[plot]', or --no_plots") from None
+
+
+_PLAIN = ("n_t", "n_yt", "biased", "model calls", "FLOPs a pair", "correlation")
+
+
+def _plot(table: dict, out: epath.Path) -> None:
+    from matplotlib import pyplot, ticker
+
+    columns = table["columns"]
+    panels = [k for k, v in next(iter(columns.values())).items() if "variance" in k and isinstance(v, list)]
+    panels = [k for k in panels if "VRPO" not in k]
+
+    def save(figure, name):
+        with (out / name).open("wb") as f:
+            figure.savefig(f, dpi=90, format="png")
+        pyplot.close(figure)
+
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(2.6 * len(panels), 4), layout="constrained")
+    lines = {}
+    for name, column in columns.items():  # one line an estimator: its settings apart from n_t
+        label = ",".join(p for p in name.split(",") if not p.startswith("n_t=")) if "=" in name else name
+        label = "VRPO" if label in ("", "1 x 1", "4 x 1", "8 x 1") else label
+        lines.setdefault(label, []).append(column)
+    for ax, panel in zip(np.atleast_1d(axes), panels, strict=True):
+        for label, members in lines.items():
+            members = sorted(members, key=lambda c: c["model calls"])
+            calls = [c["model calls"] for c in members]
+            values, low, high = np.array([c[panel] for c in members]).T
+            ax.errorbar(calls, values, [values - low, high - values], marker="o", ms=3, capsize=2, lw=1, label=label)
+        title = panel.replace(": ", "\n").replace("/kernel", "")
+        ax.set(xscale="log", yscale="log", xlabel="model calls n", title=title)
+        ax.set_xticks(sorted({c["model calls"] for c in columns.values()}), minor=False)
+        ax.xaxis.set_major_formatter("{x:.0f}")
+        ax.xaxis.set_minor_locator(ticker.NullLocator())
+        ax.tick_params(axis="y", which="both", labelsize=6)
+        ax.grid(alpha=0.3)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", fontsize=6, ncols=3)
+    save(figure, "variance.png")
+
+    figure, ax = pyplot.subplots(figsize=(5, 3.6), layout="constrained")
+    for name, column in columns.items():
+        ax.scatter(column["score variance"][0], abs(column["loss bias"][0]), s=14, label=name)
+    ax.set(xscale="log", yscale="log", xlabel="variance of the score", ylabel="|bias of the loss|")
+    ax.legend(fontsize=5)
+    save(figure, "bias.png")
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(7, 3.2), layout="constrained")
+    bins = table["decomposition"]["by masked share"]
+    left.plot([b["l / L"] for b in bins], [b["variance"] for b in bins], marker="o", ms=3, label="variance")
+    left.plot([b["l / L"] for b in bins], [b["mean"] for b in bins], marker="o", ms=3, label="mean")
+    left.set(xlabel="share masked, l / L", yscale="symlog", title="terms, policy - reference, centred")
+    left.legend(fontsize=7)
+    splits = {k: v for k, v in table["decomposition"].items() if isinstance(v, dict) and v["V_t"][0] + v["V_yt"][0]}
+    for k, which in enumerate(("V_t", "V_yt")):
+        share = [v[which][0] / (v["V_t"][0] + v["V_yt"][0]) for v in splits.values()]
+        right.bar(np.arange(len(splits)) + 0.4 * k, share, 0.4, label=which)
+    right.set_xticks(np.arange(len(splits)) + 0.2, [s.replace(": ", ":\n") for s in splits], fontsize=5)
+    right.set(title="share of one term's variance")
+    right.legend(fontsize=7)
+    save(figure, "terms.png")
