@@ -32,8 +32,10 @@ def main(argv):
             if argv[1] == "step":
                 result = benchmark_step.run(config, workdir, count, _PROFILE.value)
             else:
-                from llada_jax import benchmark_torch  # the one that needs PyTorch
-
+                try:
+                    from llada_jax import benchmark_torch  # the one that needs PyTorch
+                except ModuleNotFoundError as error:
+                    raise ImportError("PyTorch is missing: pip install -e '.[benchmark]'") from error
                 result = benchmark_torch.run(config, workdir, count)
         if _OUT.value and distributed.is_first():
             pathlib.Path(_OUT.value).write_text(json.dumps(result, indent=1) + "\n")

@@ -93,6 +93,14 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--out", default="", help="JSON file to write")
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    try:
+        return _run(args, argv)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+
+
+def _run(args: argparse.Namespace, argv: list[str]) -> int:
     if args.child:
         print(json.dumps(measure(args.child, args.dtype, args.fsdp, args.tensor)))
         return 0
@@ -104,6 +112,11 @@ def run(argv: list[str]) -> int:
         mask_token_id=args.vocab - 1,
         mlp_hidden_size=3 * args.width,
     )
+    if args.devices % (args.fsdp * args.tensor) or args.width % (args.fsdp * args.tensor) or args.vocab % args.tensor:
+        raise ValueError(
+            f"--fsdp={args.fsdp} --tensor={args.tensor} do not divide --devices={args.devices}, --width={args.width} "
+            f"or --vocab={args.vocab}: change them"
+        )
     home = pathlib.Path(tempfile.mkdtemp(prefix="llada_load_", dir=args.folder))
     try:
         written = write_checkpoint(home / "hf", config)

@@ -6,6 +6,7 @@ python -m llada_jax.convert export CKPT HF_DIR     HF_DIR becomes a folder in th
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -159,6 +160,11 @@ def read_config(path: epath.PathLike) -> ModelConfig:
     return _read_config(model_folder(path) / "config.json")
 
 
+def published_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every published tensor of an architecture."""
+    return {tensor.name: tensor.shape for tensor in _tensors(_flat(_shapes(config)))}
+
+
 def _home(path: epath.Path) -> epath.Path | None:
     """The folder of config and tokenizer of a checkpoint of ours, or None where path is no such checkpoint."""
     if (path / "checkpoints").is_dir():
@@ -182,7 +188,8 @@ def _read_config(file: epath.Path) -> ModelConfig:
 def _shapes(config: ModelConfig):
     """The parameter tree as ShapeDtypeStructs, of no particular type."""
     tokens = jnp.zeros((1, 1), jnp.int32)
-    return nn.unbox(jax.eval_shape(lambda key: LLaDA(config).init(key, tokens), jax.random.key(0)))["params"]
+    # Unboxed under eval_shape: under a mesh that constrains the sharding, which shapes alone do not take.
+    return jax.eval_shape(lambda key: nn.unbox(LLaDA(config).init(key, tokens)), jax.random.key(0))["params"]
 
 
 def _flat(tree) -> dict[str, Any]:
@@ -215,7 +222,8 @@ def _read_folder(folder: epath.Path, config: ModelConfig, dtype, shardings):
     flat = _flat(shapes)
     tensors = _tensors(flat)
     with contextlib.ExitStack() as stack:
-        files, problems = _open(_local(folder), stack)
+        folder = _local(folder)
+        files, problems = _open(folder, stack)
         types = []
         for name, _, _, shape in tensors:
             if name not in files:
@@ -233,20 +241,89 @@ def _read_folder(folder: epath.Path, config: ModelConfig, dtype, shardings):
         if problems:
             raise ValueError(f"{folder}: the weights do not fit config.json: {'; '.join(problems)}")
 
-        # One stacked array at a time, filled tensor by tensor as published and handed over as a transposed view (JAX
-        # copies it several times as fast as NumPy): beside the model itself the host holds no more than that.
         dtype = dtype or jnp.result_type(*types)
-        placed = {} if shardings is None else _flat(shardings)
-        params = {}
-        for row, members in itertools.groupby(tensors, key=lambda tensor: tensor.row):
-            shape = flat[row.path].shape
-            array = np.empty((*shape[:-2], *shape[:-3:-1]) if row.transpose else shape, dtype)
-            for name, _, layer, _ in members:
-                array[... if layer is None else layer] = files[name][1].get_tensor(name)
-            array = array.swapaxes(-1, -2) if row.transpose else array
-            sharding = placed.get(row.path, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
-            params[row.path] = jax.make_array_from_callback(shape, sharding, array.__getitem__)
+    placed = {} if shardings is None else _flat(shardings)
+    one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    params, last = {}, None
+    for row, members in itertools.groupby(tensors, key=lambda tensor: tensor.row):
+        shape, sharding = flat[row.path].shape, placed.get(row.path, one_device)
+        stacked = "{i}" in row.name
+        as_ours = _of_one(sharding, len(shape), stacked, False)
+        as_published = _of_one(sharding, len(shape), stacked, row.transpose)
+        array = None
+        for name, _, layer, published in members:
+            piece = _read(os.fspath(folder / files[name][0]), name, published, as_published)
+            jax.block_until_ready(last)  # one piece is read while the one before is placed, and no more
+            if row.transpose:
+                piece = last = _transposer(as_ours, dtype)(piece)
+            if stacked or not row.transpose:
+                if array is None:
+                    array = jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
+                array = last = _placer(sharding)(array, piece, layer or 0)
+            else:
+                array = piece
+        params[row.path] = array
     return jax.tree.unflatten(jax.tree.structure(shapes), [params[path] for path in flat])
+
+
+# Bytes of a file that are mapped at a time: what has been read of a mapping counts as the process's own.
+_BLOCK_BYTES = 64 * 2**20
+
+
+def _read(file: str, name: str, shape: tuple[int, ...], sharding) -> jax.Array:
+    """One tensor as published, of which this host reads what its devices hold, each slice once."""
+    found = {}
+
+    def read(index):
+        spans = tuple(span.indices(size)[:2] for span, size in zip(index, shape, strict=True))
+        if spans in found:
+            return found[spans]
+        (first, end), rest = spans[0], tuple(slice(*span) for span in spans[1:])
+        block = max(_BLOCK_BYTES * shape[0] // (math.prod(shape) * 4), 1)
+        out = None
+        for start in range(first, end, block):
+            stop = min(start + block, end)
+            with safe_open(file, framework="numpy") as weights:
+                part = weights.get_slice(name)[slice(start, stop), *rest]
+            if out is None:
+                out = _aligned((end - first, *part.shape[1:]), part.dtype)
+            out[start - first : stop - first] = part
+        return found.setdefault(spans, out)
+
+    return jax.make_array_from_callback(shape, sharding, read)
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array that a CPU device takes as it is: 64 bytes is what XLA asks for, else it copies."""
+    memory = np.empty(math.prod(shape) * dtype.itemsize + 64, np.uint8)
+    return memory[-memory.ctypes.data % 64 :][: memory.size - 64].view(dtype).reshape(shape)
+
+
+def _of_one(sharding, ndim: int, stacked: bool, transpose: bool):
+    """The sharding of one tensor, as it is or transposed, of a parameter with `sharding` and `ndim` axes."""
+    if isinstance(sharding, jax.sharding.SingleDeviceSharding):
+        return sharding
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        raise ValueError(f"shardings: {sharding} is neither a NamedSharding nor a SingleDeviceSharding")
+    axes = (*sharding.spec, *(None,) * (ndim - len(sharding.spec)))[1 if stacked else 0 :]
+    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*axes[:: -1 if transpose else 1]))
+
+
+@functools.cache
+def _transposer(sharding, dtype):
+    """Compiles the transpose. On its own: fused with `_placer`, XLA's CPU backend does it on one core."""
+    return jax.jit(lambda piece: piece.T.astype(dtype), out_shardings=sharding)
+
+
+@functools.cache
+def _placer(sharding):
+    """Compiles (parameter, one tensor, layer) -> parameter, cast and stacked in place."""
+
+    def place(array, piece, layer):
+        piece = piece.astype(array.dtype).reshape((-1, *array.shape[1:]))
+        return jax.lax.dynamic_update_slice(array, piece, (layer, *(0,) * (array.ndim - 1)))
+
+    return jax.jit(place, donate_argnums=0, out_shardings=sharding)
 
 
 def _open(folder: epath.Path, stack: contextlib.ExitStack):

@@ -3,10 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from llada_jax import attention, mesh
+from llada_jax import attention, mesh, state
+from llada_jax.model import LLaDA, ModelConfig
 
 LENGTH = 128
 SEGMENTS = np.repeat([[1, 2, 0], [1, 1, 2]], (50, 60, 18), axis=1)
@@ -69,18 +71,32 @@ def test_splash_is_xla():
     assert np.abs(outputs_and_gradients("xla", inputs, **kwargs)[0] - expected[0]).max() > 0.1, "masks matter"
 
 
-def test_splash_under_a_mesh_is_xla():
-    """Rows over data and fsdp, heads over tensor: each device runs the kernel on its own."""
-    inputs = [jnp.concatenate([x, x[:, ::-1]], axis=1) for x in make_inputs(1)]
-    segments = jnp.concatenate([SEGMENTS, SEGMENTS[::-1]])
+@pytest.mark.parametrize("rows, axes", [(4, ("data", "fsdp")), (3, None)])
+def test_splash_under_a_mesh_is_xla(rows, axes):
+    """Rows over data and fsdp, heads over tensor: each device runs the kernel on its own; rows need not divide."""
+    inputs = [jnp.concatenate([x, x[:, ::-1]], axis=1)[:, :rows] for x in make_inputs(1)]
+    segments = jnp.concatenate([SEGMENTS, SEGMENTS[::-1]])[:rows]
     expected = outputs_and_gradients("xla", inputs, segment_ids=segments)
     mesh8 = mesh.make_mesh(2, 2, 2)
-    spread = NamedSharding(mesh8, PartitionSpec(None, ("data", "fsdp")))
+    spread = NamedSharding(mesh8, PartitionSpec(None, axes))
     with mesh.use(mesh8):
         inputs = [jax.device_put(x, spread) for x in inputs]
         found = outputs_and_gradients("splash", inputs, segment_ids=segments)
     assert len(found[0].sharding.device_set) == 8
     assert_close(found, expected)
+
+
+def test_a_model_for_splash_is_made_like_any():
+    """Parameters are made on two tokens, too few for the kernel."""
+    config = ModelConfig(d_model=64, n_heads=1, n_layers=1, vocab_size=32, mask_token_id=3)
+    mesh1 = mesh.make_mesh(1, 1, 1, jax.devices()[:1])
+    shapes = [
+        jax.tree.map(lambda x: x.shape, state.abstract_state(LLaDA(config, attention=name), optax.identity(), mesh1))
+        for name in ("splash", "xla")
+    ]
+    assert shapes[0] == shapes[1]
+    with pytest.raises(ValueError, match="rows of 4 positions are no multiple of 128"):
+        LLaDA(config, attention="splash").init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
 
 
 def test_cudnn_is_wired_like_xla(monkeypatch):

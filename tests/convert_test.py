@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import llada_jax
 from llada_jax import convert
+from llada_jax import mesh as mesh_lib
 from llada_jax.model import LLaDA, ModelConfig
 
 GQA = {
@@ -182,6 +184,64 @@ def test_shardings_place_the_parameters(tmp_path):
         _, params = convert.load(path, shardings=shardings)
         jax.tree.map(lambda x, s: x.sharding == s or pytest.fail(f"{x.sharding}"), params, shardings)
         np.testing.assert_array_equal(params["ff_out"]["kernel"].T, weights["model.transformer.ff_out.weight"])
+
+
+def test_a_sharded_load_reads_each_slice_once_and_only_what_its_devices_hold(tmp_path, monkeypatch):
+    """Against the weights as written, cast; and the slices asked of safetensors, counted."""
+    weights = numpy_weights(GQA)
+    folder = write_folder(tmp_path / "hf", GQA, weights, 2)
+    mesh = mesh_lib.make_mesh(2, 2, 1, jax.devices()[:4])  # each half of a matrix on two devices
+    boxed = jax.eval_shape(LLaDA(ModelConfig(**GQA)).init, jax.random.key(0), jnp.zeros((1, 4), int))
+    shardings = mesh_lib.shardings(mesh, boxed["params"])
+    read = {}
+
+    class Weights:
+        def __init__(self, opened):
+            self.opened = opened
+
+        def __enter__(self):
+            self.weights = self.opened.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            return self.opened.__exit__(*error)
+
+        def get_slice(self, name):
+            whole = self.weights.get_slice(name)
+
+            class Slice:
+                get_shape, get_dtype = whole.get_shape, whole.get_dtype
+
+                def __getitem__(self, index):
+                    read.setdefault(name, []).append(whole[index].size)
+                    return whole[index]
+
+            return Slice()
+
+        def __getattr__(self, name):
+            return getattr(self.weights, name)
+
+    monkeypatch.setattr(convert, "safe_open", lambda *args, **kwargs: Weights(safe_open(*args, **kwargs)))
+    _, params = convert.load(folder, "bfloat16", shardings)
+    for name, sizes in read.items():
+        parts = 1 if weights[name].ndim == 1 else 2  # of matrices, fsdp splits the axis of d_model
+        assert sizes == [weights[name].size // parts] * parts, name
+    assert read.keys() == weights.keys()
+    q_proj = params["blocks"]["q_proj"]["kernel"]
+    assert q_proj.sharding == shardings["blocks"]["q_proj"]["kernel"] and q_proj.dtype == jnp.bfloat16
+    for path, leaf in convert._flat(params).items():
+        row = next(row for row in convert.TABLE if row.path == path)
+        layers = [weights[row.name.format(i=i)] for i in range(3 if "{i}" in row.name else 1)]
+        wanted = np.stack([layer.T if row.transpose else layer for layer in layers]).astype(ml_dtypes.bfloat16)
+        np.testing.assert_array_equal(leaf, wanted if "{i}" in row.name else wanted[0], err_msg=path)
+
+
+def test_large_tensors_are_read_in_blocks(tmp_path, monkeypatch):
+    weights = numpy_weights(GQA)
+    folder = write_folder(tmp_path / "hf", GQA, weights)
+    whole = convert.load(folder)[1]
+    monkeypatch.setattr(convert, "_BLOCK_BYTES", 700)  # five rows of d_model
+    jax.tree.map(np.testing.assert_array_equal, convert.load(folder)[1], whole)
 
 
 def test_one_error_lists_every_wrong_weight(tmp_path):
