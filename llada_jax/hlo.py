@@ -225,7 +225,7 @@ class Program:
             return int(found.group(2))
         if found := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
             return len(found.group(1).split(","))
-        if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
+        if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
             sizes = dict(re.findall(r"'(\w+)'=(\d+)", found.group(1)))
             return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found.group(2)))
         if "replica_groups={}" in text:  # all of them

@@ -123,8 +123,9 @@ class Writer:
             if time.monotonic() - self._written >= self._remote_seconds:
                 self._rewrite()
         if self._tensorboard:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, int(step))
+            for name, value in finite.items():
+                if value is not None:  # TensorBoard draws no nan, and warns of each
+                    self._tensorboard.add_scalar(name, value, int(step))
 
     def flush(self):
         """Makes everything written so far visible to readers; call it beside a checkpoint."""

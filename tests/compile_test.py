@@ -161,6 +161,22 @@ ENTRY %main (a: f32[8,4]) -> (s32[], f32[8,4]) {
 """
 
 
+@pytest.mark.parametrize(
+    "groups, size",
+    [
+        ("{{0,2,4,6},{1,3,5,7}}", 4),
+        ("[2,4]<=[4,2]T(1,0)", 4),
+        ("{}", 8),
+        ("mesh['a'=1,'b'=4,'c'=2] {'b'}", 4),
+        ("mesh['a'=1,'b'=2,'c'=4], device_ids=([4,2]T(1,0)) {'a','b','c'}", 8),
+    ],
+)
+def test_groups_of_a_collective(groups, size):
+    text = PROGRAM.replace("replica_groups=[2,4]<=[8]", f"replica_groups={groups}")
+    gather = next(i for kind, i, _ in hlo.Program(text).collectives() if kind == "all-gather")
+    assert hlo.Program(text).group_size(gather) == size
+
+
 def test_reading_a_program():
     """Counted by hand: five turns (10 by twos), 3/4 of 128 bytes gathered and one row read and written in each."""
     program = hlo.Program(PROGRAM)
