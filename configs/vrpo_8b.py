@@ -5,8 +5,9 @@
 
 350,000 pairs once in batches of 64 (5,468 steps), n = 8, beta 0.2, SFT weight 0.05. Here a batch is 16 packed rows of
 4096 tokens, 64 pairs where a pair takes 1024 tokens; `--dry_run` prints how many pairs a step of yours holds. Published
-cost: about 405 H100 hours. Expect the scores of LLaDA 1.5: GSM8K 83.3, MATH 42.6, HumanEval 52.4, MBPP 42.8. The state
-and the reference take about 165 GiB, sharded over `fsdp` on the devices of one host.
+cost: about 405 H100 hours. Expect the scores of LLaDA 1.5: GSM8K 83.3, MATH 42.6, HumanEval 52.4, MBPP 42.8. State,
+gradient and reference take about 165 GiB, sharded over `fsdp`: 13 GiB a chip on 16 TPU chips, activations included. A
+word behind a colon names a pod: `configs/vrpo_8b.py:v5e-16` (MESHES below; README: memory and step time).
 """
 
 from configs import base
