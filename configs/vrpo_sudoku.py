@@ -30,7 +30,6 @@ def get_config():
     c.vrpo.beta = 0.2
     c.vrpo.sft_weight = 10.0
     c.vrpo.n_t = 8
-    c.vrpo.mc_chunk = 1  # no slower than all at once on idle cores, 1.5 times as fast on shared ones, and less memory
     c.optimizer.peak = 2e-3
     c.optimizer.warmup_steps = 10
     c.optimizer.schedule = "cosine"
