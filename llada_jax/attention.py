@@ -19,7 +19,7 @@ IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
 QUERY_BLOCK = 512
 
 # "splash": (queries, keys) a block by chip, forward and backward, each reduced to a divisor of L. Larger blocks mean
-# fewer passes over keys and values; these are the largest that fit the chip's vector memory at head size 128.
+# fewer passes over keys and values. These compile for the chips at head size 128; without a chip they are not tuned.
 SPLASH_BLOCKS = {
     "TPU v5 lite": ((1024, 1024), (512, 1024)),
     "TPU v6 lite": ((2048, 2048), (1024, 2048)),
@@ -27,9 +27,7 @@ SPLASH_BLOCKS = {
 SPLASH_DEFAULT = ((1024, 2048), (1024, 1024))
 
 
-def choose(
-    implementation: str, platform: str, *, length: int, head_size: int, dtype
-) -> tuple[str, str]:
+def choose(implementation: str, platform: str, *, length: int, head_size: int, dtype) -> tuple[str, str]:
     """What `implementation` means on a platform ("tpu", "gpu", "cpu") for rows of `length`: (name, reason).
 
     Raises ValueError where an implementation is asked for by name that cannot do it.
@@ -43,12 +41,12 @@ def choose(
         if limit := limits[implementation](platform, length, head_size, jnp.dtype(dtype)):
             raise ValueError(f'attention="{implementation}": {limit}; use "auto"')
         return implementation, "asked for"
-    best = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(platform)
+    best = {"tpu": "splash", "gpu": "cudnn"}.get(platform)
     if best is None:
         return "xla", f"there is no kernel for {platform}"
     if limit := limits[best](platform, length, head_size, jnp.dtype(dtype)):
         return "xla", f"{best}: {limit}"
-    return best, f"the fastest on {platform}"
+    return best, f"the kernel for {platform}"
 
 
 def _splash_limit(platform: str, length: int, head_size: int, dtype) -> str | None:
@@ -64,7 +62,7 @@ def _splash_limit(platform: str, length: int, head_size: int, dtype) -> str | No
 
 
 def _cudnn_limit(platform: str, length: int, head_size: int, dtype) -> str | None:
-    if platform not in ("gpu", "cuda"):
+    if platform != "gpu":
         return f"it runs on NVIDIA GPUs, not on {platform}"
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16 and float16, not {dtype}"

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llada_jax import attention, convert, data, distributed, noise, state, steps, train
+from llada_jax import convert, data, distributed, noise, state, steps, train
 from llada_jax import mesh as mesh_lib
 from llada_jax.batch import Batch
 from llada_jax.chips import CHIPS
@@ -77,7 +77,10 @@ def make_work(plan: Plan) -> Work:
     params = convert.load(c.init_from, c.model.param_dtype, shardings)[1] if c.init_from else None
     current = state.init_state(plan.model, plan.tx, plan.mesh, key, params)
     del params
-    host = next(data.loader(plan.rows, batch_rows=c.data.batch_rows, seed=c.seed))
+    index, count = plan.parallel.shard
+    host = next(
+        data.loader(plan.rows, batch_rows=c.data.batch_rows, seed=c.seed, shard_index=index, shard_count=count)
+    )
     batch = plan.parallel.put(host)
     if c.objective != "vrpo":
         return Work(current, batch, ())
@@ -163,11 +166,8 @@ def run(config, workdir: str, count: int, profile: str) -> dict:
             with jax.profiler.trace(profile):
                 time_steps(compiled, work, 3, warmup=0)
     peak, source = peak_bytes(plan, compiled)
-    device, c = plan.mesh.devices.flat[0], plan.config
-    head_size, dtype = plan.model.config.head_size, plan.model.dtype
-    used, why = attention.choose(
-        plan.model.attention, device.platform, length=c.data.row_length, head_size=head_size, dtype=dtype
-    )
+    device = plan.mesh.devices.flat[0]
+    used, why = plan.attention
     median = statistics.median(seconds)
     result = {
         "config": config.to_dict(),

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from absl import app, flags, logging
 from jax.experimental import topologies
 
-from llada_jax import attention, hlo, state, train
+from llada_jax import hlo, state, train
 from llada_jax import mesh as mesh_lib
 from llada_jax.batch import Batch
 from llada_jax.benchmark_step import SyntheticRows
@@ -165,13 +165,7 @@ def report(plan: Plan, name: str, chip: Chip, compiled, seconds: float) -> dict:
         "row_length": c.data.row_length,
         "draws": plan.settings.scheme.n,
         "mc_chunk": plan.settings.mc_chunk or plan.settings.scheme.n,
-        "attention": attention.choose(
-            plan.model.attention,
-            "tpu",
-            length=c.data.row_length,
-            head_size=plan.model.config.head_size,
-            dtype=plan.model.dtype,
-        )[0],
+        "attention": plan.attention[0],
         "compile_seconds": seconds,
         "memory": {
             "arguments": arguments,

@@ -61,6 +61,17 @@ class Plan:
     def parallel(self) -> parallel_lib.Parallel:
         return parallel_lib.Parallel(self.config.parallelism, self.mesh)
 
+    @property
+    def attention(self) -> tuple[str, str]:
+        """Which attention the model's setting means on this mesh, and why; ValueError for what it cannot do."""
+        return attention.choose(
+            self.model.attention,
+            self.mesh.devices.flat[0].platform,
+            length=self.config.data.row_length,
+            head_size=self.model.config.head_size,
+            dtype=self.model.dtype,
+        )
+
     @functools.cached_property
     def schedule(self):
         o = self.config.optimizer
@@ -124,6 +135,7 @@ def make_plan(config, workdir: epath.PathLike, *, dry_run: bool = False, devices
                 f"{c.epochs} epochs of {len(rows)} rows fill no batch of data.batch_rows={c.data.batch_rows}: lower it"
             )
     plan = Plan(c, workdir, mesh, model, tokenizer, rows, heldout, prompts, settings, num_steps)
+    _ = plan.attention  # says now what an implementation asked for by name cannot do
     if num_steps:
         _ = plan.schedule  # says now whether the warm-up fits
     return plan
@@ -213,10 +225,6 @@ def _model(c, mesh: Mesh, tokenizer: tokenizer_lib.Tokenizer | None) -> model_li
             f"data.row_length={c.data.row_length} is beyond the model's max_sequence_length="
             f"{config.max_sequence_length}: lower it"
         )
-    platform = mesh.devices.flat[0].platform
-    attention.choose(
-        c.model.attention, platform, length=c.data.row_length, head_size=config.head_size, dtype=c.model.dtype
-    )  # says now what an implementation asked for by name cannot do
     tensor = mesh.shape["tensor"]
     for name, axis in (("n_heads", tensor), ("n_kv_heads", tensor), ("mlp_hidden_size", tensor),
                        ("embedding_size", tensor), ("d_model", mesh.shape["fsdp"])):  # fmt: skip
@@ -316,14 +324,7 @@ def describe(plan: Plan) -> str:
         f"{', '.join(f'{k}={v}' for k, v in plan.mesh.shape.items())}",
         f"parameters      {total:,} ({count['layers']:,} without embedding and head)",
     ]
-    name, why = attention.choose(
-        model.attention,
-        plan.mesh.devices.flat[0].platform,
-        length=length,
-        head_size=model.config.head_size,
-        dtype=model.dtype,
-    )
-    lines.append(f"attention       {name}: {why}")
+    lines.append(f"attention       {': '.join(plan.attention)}")
     for name, rows in (("train rows", plan.rows), ("held-out rows", plan.heldout)):
         if rows is not None:
             lines.append(f"{name:<15} {rows.stats}")

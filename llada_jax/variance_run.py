@@ -19,6 +19,7 @@ from llada_jax import convert, data, distributed, metrics, noise, steps, tokeniz
 from llada_jax import mesh as mesh_lib
 from llada_jax import variance_report as report
 from llada_jax.model import REMAT, LLaDA, flops_per_token
+from llada_jax.parallel import Parallel
 from llada_jax.variance import EVERYTHING, NESTED_EPOCH, TRUTH_EPOCH, Estimator, Moments, Problem
 
 UP_PROJ = "blocks/up_proj/kernel[0]"  # what the paper measured
@@ -112,13 +113,13 @@ class Run:
 
     def batches(self) -> Iterator:
         """Global batches of the rows, each once, in order."""
+        hosts = Parallel("mesh", self.mesh)
+        index, count = hosts.shard
         loader = data.loader(
             self.rows, batch_rows=self.args.batch_rows, seed=0, shuffle=False, epochs=1, pad=True,
-            shard_index=jax.process_index(), shard_count=jax.process_count(),
+            shard_index=index, shard_count=count,
         )  # fmt: skip
-        sharding = mesh_lib.rows(self.mesh)
-        for batch in loader:
-            yield jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+        return map(hosts.put, loader)
 
     def measure(self) -> list[dict]:
         """Computes what is not on disk yet; returns the results of every batch, by estimator name."""

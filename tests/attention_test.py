@@ -115,11 +115,11 @@ def test_cudnn_is_wired_like_xla(monkeypatch):
 @pytest.mark.parametrize(
     "platform, changes, name, reason",
     [
-        ("tpu", {}, "splash", "fastest"),
+        ("tpu", {}, "splash", "the kernel for tpu"),
         ("tpu", {"length": 4000}, "xla", "no multiple of 128"),
         ("tpu", {"head_size": 32}, "xla", "no multiple of 64"),
         ("tpu", {"dtype": "float32"}, "xla", "round"),
-        ("gpu", {}, "cudnn", "fastest"),
+        ("gpu", {}, "cudnn", "the kernel for gpu"),
         ("gpu", {"dtype": "float32"}, "xla", "bfloat16 and float16"),
         ("gpu", {"head_size": 256}, "xla", "up to 128"),
         ("cpu", {}, "xla", "no kernel for cpu"),

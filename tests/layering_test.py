@@ -35,15 +35,17 @@ MAP = {
     "train": "checkpoint convert data distributed evaluate mesh metrics noise plan reference state steps",
     # Beside, never imported by train.py.
     "benchmark_load": "convert mesh model",
-    "benchmark_step": "attention batch chips convert data distributed mesh noise plan state steps train",
+    "benchmark_step": "batch chips convert data distributed mesh noise plan state steps train",
     "benchmark_torch": "batch benchmark_step model steps",
     "benchmark": "benchmark_load benchmark_step benchmark_torch distributed train",
     "hlo": "",
-    "compile": "attention batch benchmark_step chips hlo mesh plan state train",
+    "compile": "batch benchmark_step chips hlo mesh plan state train",
     "sudoku": "",
     "variance": "noise elbo losses",
     "variance_report": "variance",
-    "variance_run": "convert data distributed mesh metrics model noise steps tokenizer variance variance_report",
+    "variance_run": (
+        "convert data distributed mesh metrics model noise parallel steps tokenizer variance variance_report"
+    ),
     "pairs": "data evaluate metrics records sampling tokenizer convert",
 }
 
