@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from llada_jax import data, evaluate, metrics, sampling
+from llada_jax import evaluate, metrics, packing, sampling
 from llada_jax.records import read_records
 
 
@@ -60,7 +60,7 @@ def make_pairs(
         raise ValueError("there are no prompts; give a source that has some")
     prompts = []
     for where, _, normal in records:
-        ids = data.encode_prompt(tokenizer, normal["prompt"], template)
+        ids = packing.encode_prompt(tokenizer, normal["prompt"], template)
         if max_length is not None and len(ids) + gen_length > max_length:
             raise ValueError(
                 f"{where}: a prompt of {len(ids)} tokens and gen_length={gen_length} exceed the model's {max_length}; "

@@ -1,4 +1,4 @@
-"""Packing, the cache on disk and the loader."""
+"""Packing (`packing`, by what `data.prepare` makes of a source), the cache on disk and the loader."""
 
 import collections
 import itertools
@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from llada_jax import data, tokenizer
+from llada_jax import data, packing, tokenizer
 
 CORPUS = ["the user asks and the assistant says hello", "numbers 12 and 345, a few more words"] * 3
 
@@ -88,10 +88,10 @@ def test_what_a_tokenizer_leaves_of_a_record(ids, reason, tok, write, prepare, m
 
 def test_encode_prompt(tok):
     messages = [{"role": "system", "content": "be"}, {"role": "user", "content": "12"}]
-    assert data.encode_prompt(tok, "12", "plain") == [tok.bos_id, *tok.encode("12")]
-    assert data.encode_prompt(tok, "12", "chat") == tok.chat_prompt(messages[1:])
-    assert data.encode_prompt(tok, messages, "chat") == tok.chat_prompt(messages)
-    assert data.encode_prompt(tok, messages, "plain") == [
+    assert packing.encode_prompt(tok, "12", "plain") == [tok.bos_id, *tok.encode("12")]
+    assert packing.encode_prompt(tok, "12", "chat") == tok.chat_prompt(messages[1:])
+    assert packing.encode_prompt(tok, messages, "chat") == tok.chat_prompt(messages)
+    assert packing.encode_prompt(tok, messages, "plain") == [
         tok.bos_id,
         *tok.encode("\n\nSystem: be\n\nHuman: 12\n\nAssistant: "),
     ]
@@ -104,7 +104,7 @@ def test_packed_pairs(template, tok, write, prepare):
     rows = prepare(write(records), "preference", row_length=160, template=template)
     want = collections.Counter()
     for r in records:
-        prompt = tuple(data.encode_prompt(tok, r["prompt"], template))
+        prompt = tuple(packing.encode_prompt(tok, r["prompt"], template))
         want[tuple((prompt, (*tok.encode(r[key]), tok.eos_id)) for key in ("chosen", "rejected"))] += 1
     got = collections.Counter()
     for i in range(len(rows)):
@@ -136,7 +136,7 @@ def test_first_fit(write, prepare):
 
 
 def test_the_number_of_open_rows_is_bounded(write, prepare, monkeypatch):
-    monkeypatch.setattr(data, "OPEN_ROWS", 2)
+    monkeypatch.setattr(packing, "OPEN_ROWS", 2)
     source = write([{"prompt": "1", "response": words(n - 3)} for n in (40, 41, 42, 20)])
     rows = prepare(source, "sft")
     assert [rows[i]["segment_ids"].max() for i in range(len(rows))] == [1, 2, 1]  # the first was closed
@@ -268,7 +268,7 @@ def test_another_tokenizer_is_another_cache(write, prepare, tok, tmp_path):
 
 
 def test_a_failure_leaves_nothing_behind(write, prepare, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "OPEN_ROWS", 1)
+    monkeypatch.setattr(packing, "OPEN_ROWS", 1)
     source = write([*pairs(100), "{broken"])
     with pytest.raises(ValueError, match=r"^[^\n]*data\.jsonl:101: no JSON[^\n]*$"):
         prepare(source, "preference")
@@ -301,7 +301,7 @@ def test_the_loser_of_a_race_uses_the_rows_of_the_winner(write, prepare, tmp_pat
     write_rows = data._write
 
     def late(packer, directory, fingerprint):
-        write_rows(data._Packer(packer.source, packer.tokenizer, packer.settings), directory, fingerprint)
+        write_rows(packing.Packer(packer.source, packer.tokenizer, packer.settings), directory, fingerprint)
         write_rows(packer, directory, fingerprint)
 
     monkeypatch.setattr(data, "_write", late)
