@@ -52,7 +52,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.vrpo.times = "iid"  # llada_jax/elbo.md says what these schemes are worth
     c.vrpo.masks = "exact"
     c.vrpo.weights = "plain"
-    c.vrpo.pseudo_count = 0.0  # of weights="leave_one_out": how much its control variates shrink
+    c.vrpo.pseudo_count = 0.0  # of weights="leave_one_out" or "balanced": how near they stay to "plain"
     c.vrpo.share_in_pair = "nothing"  # or "times", "masks": what winner and loser have in common
     c.vrpo.share_noise = True
     c.vrpo.mc_chunk = 0  # draws at a time; 0: all
@@ -86,6 +86,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.eval.every = 0  # steps; 0: at the start and the end only
     c.eval.batch_rows = 0  # 0: as many as go through the model together in training
     c.eval.n_t = 0  # draws for the held-out metrics, noise shared; 0: 8
+    c.eval.variance_repeats = 0  # vrpo: measure the score's variance by so many estimates and its V_t, V_yt; 0: off
     c.eval.seconds_between_lines = 10.0  # progress, where there is no terminal
 
     c.solve = ml_collections.ConfigDict()  # generate for held-out prompts and score the responses

@@ -56,7 +56,7 @@ class Estimate:
 
     value: Float32[Array, " b"]
     terms: Float32[Array, "t y b"]
-    stderr: Float32[Array, " b"]  # of value, see `standard_error`
+    stderr: Float32[Array, " b"]  # of value where `error_is_known`, else what `standard_error` makes of the terms
 
 
 def estimate_elbo(
@@ -160,13 +160,20 @@ def packed_terms(
 def standard_error(terms: Float[Array, "t y *b"]) -> Float[Array, "*b"]:
     """Of the mean over all n_t x n_yt terms, from the spread of the n_t means; nan where n_t = 1.
 
-    True for iid times with independent masks and plain weights. Other schemes make the mean vary less than that.
+    True where the draws at different times are independent and alike (`error_is_known`). Spread or coupled times and
+    masks make the mean vary less than that as a rule, leave_one_out weights less or more: measure by repeats.
     """
     n_t = terms.shape[0]
     means = terms.mean(axis=1)
     if n_t == 1:
         return jnp.full(means.shape[1:], jnp.nan, means.dtype)
     return means.std(axis=0, ddof=1) / np.sqrt(n_t)
+
+
+def error_is_known(scheme: noise_lib.Scheme) -> bool:
+    """Whether `standard_error` of its terms, or of differences of terms of one draw, is right (its square unbiased)."""
+    independent = scheme.times == "iid" and noise_lib.MASKS[scheme.masks].block == 1 and scheme.weights == "plain"
+    return independent and scheme.n_t > 1
 
 
 def _in_chunks(terms_of: Callable[..., Array], draws: tuple[Array, ...], chunk: int, n: int) -> Array:

@@ -85,8 +85,10 @@ def antithetic_times(u: Float32[Array, "t s"], lengths: Int[Array, " s"]) -> Tim
 def importance_times(u: Float32[Array, "t s"], lengths: Int[Array, " s"]) -> Times:
     """Stratified draws of l with P(l) = sqrt(l / L) - sqrt((l - 1) / L), about 1 / (2 sqrt(l L)): small l more often.
 
-    A term's variance goes about as 1 / l, and its square root is the best density. ratio = (1 / L) / P(l) makes
-    the weighted count uniform. For masks by count only: t is the middle of its l.
+    A term's variance goes about as 1 / l, and its square root is the best density. ratio = (1 / L) / P(l) makes the
+    weighted count uniform. What the ratios of the other times lack of their means is added to each: its mean is 0, and
+    all then add up to n_t, so that the whole ELBO is not weighed by chance. For masks by count only: t is the middle
+    of its l.
     """
     n = u.shape[0]
     length = jnp.maximum(lengths, 1).astype(jnp.float32)
@@ -98,7 +100,10 @@ def importance_times(u: Float32[Array, "t s"], lengths: Int[Array, " s"]) -> Tim
 
     count, ratio, _ = at(stratified_times(u, lengths)[0])
     _, _, integral = at(jnp.arange(n + 1)[:, None] / n)
-    return (count - 0.5) / length, ratio, n * jnp.diff(integral, axis=0)
+    expected = n * jnp.diff(integral, axis=0)
+    lack = expected - ratio
+    others = (lack.sum(0) - lack) / max(n - 1, 1)
+    return (count - 0.5) / length, ratio + others, expected + others
 
 
 def official_times(u: Float32[Array, "t s"], lengths: Int[Array, " s"]) -> Times:
@@ -201,6 +206,29 @@ def leave_one_out_weights(draws: Draws, pseudo_count: float) -> Float32[Array, "
     return plain_weights(draws, pseudo_count) + jnp.where(draws.masked, extra, 0)
 
 
+def balanced_weights(draws: Draws, pseudo_count: float) -> Float32[Array, "n l"]:
+    """Each draw's weights moved among the tokens it masks, so that all draws together count every token alike.
+
+    The best weights w under log p_i = a_i + noise: the least sum_ij w_ij^2 + (1 / c) sum_i (W_i - W)^2 with the sum of
+    each draw kept, W_i = sum_j w_ij, W = sum_j ratio_j, c = `pseudo_count` (variance of the noise over that of a). So
+    w_ij = mu_j - (sum_{k: i in m_k} mu_k - W) / (c + c_i), c_i the draws that mask i, mu by n linear equations.
+    Unbiased: tokens are exchangeable, so given the times and m_j every i in m_j has the same expected weight, and these
+    add up to the draw's ratio_j inverse_j |m_j|.
+    """
+    plain, masked = plain_weights(draws, pseudo_count), draws.masked.astype(jnp.float32)
+    inside = jax.nn.one_hot(draws.segments.index, draws.segments.lengths.size)
+    shrunk = masked / (pseudo_count + masked.sum(0))
+    highest = jax.lax.Precision.HIGHEST
+    overlap = jnp.einsum("jl,kl,ls->sjk", masked, shrunk, inside, precision=highest)
+    sizes = jnp.maximum(_of_segments(masked, draws.segments), 1).T
+    total = _of_segments(draws.ratio, draws.segments).sum(0) / jnp.maximum(draws.segments.lengths, 1)
+    right = _of_segments(plain, draws.segments).T - total[:, None] * _of_segments(shrunk, draws.segments).T
+    mu = jnp.linalg.solve(sizes[:, :, None] * jnp.eye(len(plain)) - overlap, right[..., None])[..., 0].T
+    mu, total = jax.vmap(_per_token, (0, None))(mu, draws.segments), _per_token(total, draws.segments)
+    surplus = jnp.sum(jnp.where(draws.masked, mu, 0), 0) - total
+    return jnp.where(draws.masked, mu - surplus / (pseudo_count + masked.sum(0)), 0)
+
+
 def self_normalised_weights(draws: Draws, pseudo_count: float) -> Float32[Array, "n l"]:
     """The weights of each token divided by their mean over the draws: biased, as a ratio of two means is.
 
@@ -236,6 +264,7 @@ MASKS = {
 WEIGHTS = {
     "plain": plain_weights,
     "leave_one_out": leave_one_out_weights,
+    "balanced": balanced_weights,
     "self_normalised": self_normalised_weights,
 }
 SHARED = ("nothing", "times", "masks")
@@ -248,7 +277,8 @@ BY_COUNT = {"official", "importance"}  # times on the grid of the response's own
 class Scheme:
     """How the Monte Carlo budget of n_t x n_yt draws is spent (equation 6).
 
-    `eps` is for Bernoulli masks only; `pseudo_count` for leave_one_out only (how much its control variates shrink).
+    `eps` is for Bernoulli masks only; `pseudo_count` for leave_one_out (how much its control variates shrink) and
+    balanced (how much its weights stay the plain ones).
     `share_in_pair`: what a winner's draws (segment 2k + 1) have in common with its loser's (2k + 2): "nothing" as in
     the paper, "times", or times and "masks", which are then alike token by token from the start of the responses.
     """
@@ -272,11 +302,13 @@ class Scheme:
             raise ValueError(f"eps={self.eps}, masks={self.masks!r}: eps is in [0, 1), and 0 unless masks='bernoulli'")
         if self.times in BY_COUNT and self.masks == "bernoulli":
             raise ValueError(f"times={self.times!r} are counts of masked tokens: use masks by count, not 'bernoulli'")
-        if self.pseudo_count < 0 or (self.pseudo_count and self.weights != "leave_one_out"):
+        if self.pseudo_count < 0 or (self.pseudo_count and self.weights not in ("leave_one_out", "balanced")):
             raise ValueError(
                 f"pseudo_count={self.pseudo_count}, weights={self.weights!r}: pseudo_count is at least 0, and 0 "
-                "unless weights='leave_one_out'"
+                "unless weights='leave_one_out' or 'balanced'"
             )
+        if self.weights == "balanced" and not self.pseudo_count:
+            raise ValueError("weights='balanced' needs pseudo_count above 0, for example 1")
         if self.weights == "leave_one_out" and not self._independent().any():
             raise ValueError(
                 f"weights='leave_one_out' needs independent draws; n_t={self.n_t} times with masks={self.masks!r} have "

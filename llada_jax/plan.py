@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
-from llada_jax import attention, convert, data, distributed, evaluate, noise, optim, steps
+from llada_jax import attention, convert, data, distributed, evaluate, noise, optim, packing, steps
 from llada_jax import mesh as mesh_lib
 from llada_jax import model as model_lib
 from llada_jax import parallel as parallel_lib
@@ -162,11 +162,21 @@ def _check_choices(c, dry_run: bool):
         ("model.unroll", c.model.unroll, 1),
         ("checkpoint.every", c.checkpoint.every, 1),
         ("eval.every", c.eval.every, 0),
+        ("eval.variance_repeats", c.eval.variance_repeats, 0),
     ):
         if value < least:
             raise ValueError(f"config.{name}={value} must be at least {least}")
     if c.data.heldout and c.data.holdout:
         raise ValueError(f"data.heldout and data.holdout={c.data.holdout} both say what is held out: set one of them")
+    if repeats := c.eval.variance_repeats:
+        for wrong, why in (
+            (repeats < 3, "is too few: at least 3, or 0 for off"),
+            (c.objective != "vrpo", f"measures scores, which objective={c.objective!r} has none of: set it to 0"),
+            (c.vrpo.reference != "model", "draws anew, beyond cached terms: set vrpo.reference='model', or it to 0"),
+            (not (c.data.heldout or c.data.holdout), "needs held-out pairs: set data.holdout or data.heldout"),
+        ):
+            if wrong:
+                raise ValueError(f"eval.variance_repeats={repeats} {why}")
     if c.denoising.crop_probability and c.objective != "pretrain":
         raise ValueError(f"denoising.crop_probability={c.denoising.crop_probability} is for pretrain: set it to 0")
     if c.objective == "vrpo" and not c.init_from and not (dry_run and c.model.arch):
@@ -283,7 +293,7 @@ def _prompts(c, tokenizer, config: model_lib.ModelConfig) -> list:
     if not prompts:
         raise ValueError(f"solve.prompts={c.solve.prompts} holds no record; give one that does, or none")
     for where, _, prompt in prompts if tokenizer else ():
-        length = len(data.encode_prompt(tokenizer, prompt["prompt"], c.data.template))
+        length = len(packing.encode_prompt(tokenizer, prompt["prompt"], c.data.template))
         if length + c.solve.gen_length > config.max_sequence_length:
             raise ValueError(
                 f"{where}: a prompt of {length} tokens and solve.gen_length={c.solve.gen_length} exceed the model's "

@@ -52,10 +52,24 @@ def model_terms(
 ) -> Float32[Array, "n r s"]:
     """The ELBO terms of every draw and segment of a batch under `params`."""
 
+    def logps(params, *arrays):
+        return model.apply({"params": params}, *arrays, method="token_logps")
+
+    def draws_as_rows(count, batched, params, *arrays):
+        # The vmapped draws of a row become neighbouring rows: one product has one axis of positions, where XLA's CPU
+        # backend would transpose for the gradient of two. Rows stay outermost, as they are sharded.
+        arrays = [
+            jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]) if by_draw else jnp.repeat(x, count, axis=0)
+            for x, by_draw in zip(arrays, batched[1:], strict=True)
+        ]
+        found = logps(params, *arrays)
+        return jnp.swapaxes(found.reshape(-1, count, *found.shape[1:]), 0, 1), True
+
+    vmapped = jax.custom_batching.custom_vmap(logps)
+    vmapped.def_vmap(draws_as_rows)
+
     def logps_fn(tokens, targets):
-        return model.apply(
-            {"params": params}, tokens, targets, batch.segment_ids, batch.positions, method="token_logps"
-        )
+        return vmapped(params, tokens, targets, batch.segment_ids, batch.positions)
 
     return elbo.packed_terms(
         logps_fn,
@@ -101,7 +115,8 @@ def score_pairs(
 ) -> tuple[Metrics, Bool[Array, "r p"]]:
     """Loss and metrics of every pair, [r, p] each, and which of the p places of a row hold a pair (equations 6, 8).
 
-    `reference` holds the terms of the reference policy for this batch (`reference_terms`).
+    `reference` holds the terms of the reference policy for this batch (`reference_terms`). "score/mc_variance" is there
+    where a scheme's own draws tell it (`elbo.error_is_known`).
     """
     scheme = settings.scheme
     drawn = draw(batch, scheme, seed=settings.seed, stream=settings.stream, num_segments=num_segments)
@@ -118,15 +133,18 @@ def score_pairs(
         kind=settings.kind,
         label_smoothing=settings.label_smoothing,
     )
-    # The error of each score, from the spread of its own draws; independent noise of the reference is part of it.
-    errors = elbo.standard_error((terms - reference).reshape(scheme.n_t, scheme.n_yt, *policy.shape))
     denoising = losses.denoising_loss(policy, lengths)
     metrics |= {
         "loss/preference": loss,
         "loss/sft": denoising[:, 0::2],
         "loss/sft_rejected": denoising[:, 1::2],
-        "score/mc_variance": settings.beta**2 * (errors[:, 0::2] ** 2 + errors[:, 1::2] ** 2),
     }
+    if elbo.error_is_known(scheme):
+        # From the spread of each score's own draws: what winner and loser, policy and reference share is in it or not.
+        ratio = terms - reference
+        draws = settings.beta * (ratio[..., 0::2] - ratio[..., 1::2])
+        errors = elbo.standard_error(draws.reshape(scheme.n_t, scheme.n_yt, *draws.shape[1:]))
+        metrics["score/mc_variance"] = jnp.square(errors)
     return metrics, lengths[:, 0::2] > 0
 
 
@@ -168,7 +186,8 @@ def vrpo_step(
 
     parts = (batch, reference if cached else None)
     grads, metrics = _over_devices(_gradient(loss_fn, state.params, parts, accumulate), axis_name)
-    metrics["score/mc_stderr"] = jnp.sqrt(metrics["score/mc_variance"])
+    if "score/mc_variance" in metrics:
+        metrics["score/mc_stderr"] = jnp.sqrt(metrics["score/mc_variance"])
     return _update(state, grads, metrics | {"pairs": total_pairs}, tx)
 
 

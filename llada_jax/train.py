@@ -272,6 +272,16 @@ class _Evaluation:
         else:
             rows += (True,)
             function = functools.partial(evaluate.preference_metrics, settings=plan.eval_settings, **kwargs)
+        self._repeats = plan.config.eval.variance_repeats
+        if self._repeats:
+            rows += (False,)
+            alone = function
+            kwargs |= {"settings": plan.settings, "repeats": self._repeats}
+
+            # One program: on CPU, collectives of two under way at once can wait for each other.
+            def function(params, batch, terms, reference):
+                return alone(params, batch, terms) | evaluate.score_variance(params, batch, reference, **kwargs)
+
         out_shardings = mesh_lib.replicated(plan.mesh)
         self._metrics = plan.parallel.jit(function, rows, out_rows=False, out_shardings=out_shardings)
 
@@ -285,8 +295,9 @@ class _Evaluation:
 
             def metrics_of(batch):
                 self._stop.check()
-                terms = () if self._reference is None else (self._reference.terms(batch),)
-                return self._metrics(params, plan.parallel.put(batch), *terms)
+                extra = () if self._reference is None else (self._reference.terms(batch),)
+                extra += (self._reference.of(batch),) if self._repeats else ()
+                return self._metrics(params, plan.parallel.put(batch), *extra)
 
             batches = _loader(
                 plan, plan.heldout, batch_rows=batch_rows, seed=c.seed, shuffle=False, epochs=1, pad=True
@@ -338,6 +349,7 @@ _SHOWN = (
     "loss/sft",
     "loss/sft_rejected",
     "score/mc_variance",
+    "score_variance",
 )
 
 
@@ -351,14 +363,14 @@ def _print_result(plan: Plan, history: list[dict]):
     """The table at the end: every held-out metric before and after, with standard errors."""
     print(f"done: {plan.num_steps} steps, {plan.workdir}")
     before, after = history[0], history[-1]
-    names = [name for name in _SHOWN if name in after]
+    names = [name for name in _SHOWN if name in before and name in after]
     if not names:
         return
     print(f"{'held out':<22}{'step ' + str(before['step']):>20}{'step ' + str(after['step']):>20}")
     for name in names:
         cells = (f"{at[name]:.4f} +- {at.get(f'{name}_stderr', math.nan):.4f}" for at in (before, after))
         print(f"{name:<22}" + "".join(f"{cell:>20}" for cell in cells))
-    if "solve/rate" in after and before["solve/rate"] < 1:
+    if "solve/rate" in names and before["solve/rate"] < 1:
         removed = (after["solve/rate"] - before["solve/rate"]) / (1 - before["solve/rate"])
         print(f"{after['solve/count']} held-out prompts; share of the errors removed: {removed:.1%}")
 

@@ -149,6 +149,11 @@ class Problem:
     seed: int = 0
     parts: tuple[str, ...] = (EVERYTHING,)
     gradient: bool = True
+    one_pair: bool = False  # every batch holds one: its score's gradient, and winner's and loser's apart, can be had
+
+    def zero(self, params: Any) -> tuple[Moments, ...] | None:
+        """Moments of no gradient so far, as `repeat` and `nested` count them; None where none are asked for."""
+        return tuple(Moments.zero(params, self.parts) for _ in range(1 + self.one_pair)) if self.gradient else None
 
     def draw(self, batch: Any, scheme: noise.Scheme, epoch: Array, stream: str) -> noise.Noise:
         """Noise of repeat `epoch` of a batch: a function of seed, stream, row and repeat."""
@@ -181,41 +186,58 @@ class Problem:
         grads, elbos = jax.grad(self.loss, has_aux=True)(params, reference, batch, epoch, estimator)
         return grads, jnp.stack(elbos)
 
-    def repeat(self, params, reference, batch, epoch, moments: Moments | None, truth: Any, *, estimator: Estimator):
-        """One repeat: (ELBOs [2, r, s], moments, |gradient - truth| of every part)."""
+    def repeat(self, params, reference, batch, epoch, moments, truth: Any, *, estimator: Estimator):
+        """One repeat: (ELBOs [2, r, s], moments, norms of every part: "error", of gradient - truth).
+
+        For one pair, moments and norms ("score gradient") are those of its score's gradient too: the loss has it times
+        -sigmoid(-score).
+        """
         grads, elbos = self.estimate(params, reference, batch, epoch, estimator)
         if grads is None:
             return elbos, None, None
         errors = jax.tree.map(lambda g, t: g.astype(jnp.float32) - t, grads, truth)
-        return elbos, moments.add(grads, self.parts), jnp.sqrt(squared_norms(errors, self.parts))
+        norms = {"error": jnp.sqrt(squared_norms(errors, self.parts))}
+        measured = (grads,)
+        if self.one_pair:
+            ratio = elbos[0] - elbos[1]
+            slope = jax.nn.sigmoid(-self.beta * (ratio[:, 0::2] - ratio[:, 1::2]))
+            slope = jnp.sum(jnp.where(self.is_pair(batch), slope, 0))
+            measured += (jax.tree.map(lambda g: g.astype(jnp.float32) / -slope, grads),)
+            norms["score gradient"] = jnp.sqrt(squared_norms(measured[1], self.parts))
+        return elbos, tuple(m.add(g, self.parts) for m, g in zip(moments, measured, strict=True)), norms
 
     def nested(self, params, reference, batch, epoch, scores: Array, *, n_yt: int):
-        """One time of the nested draws: terms [2, y, r, s], shares l / L [y, r, s], and moments of the gradient.
+        """One time of the nested draws: terms [2, y, r, s], shares l / L [y, r, s], moments and squares of gradients.
 
         The gradient is that of the loss made linear at `scores` [r, p], so that it is a mean of terms and Lemma 5
-        holds for it: V_t and V_yt then predict the gradient's variance where the score's error is small.
+        holds for it: V_t and V_yt then predict the gradient's variance where the score's error is small. For one pair
+        it comes in two independent summands, winner's and loser's, each with its time: squared norms [y, 2, p].
         """
         drawn = self.draw(batch, noise.Scheme(1, n_yt), epoch, "evaluate")
         slope = -jax.nn.sigmoid(-scores) * self.beta * self.is_pair(batch)
         slope = slope / jnp.maximum(self.is_pair(batch).sum(), 1)
 
         def linear(params, one):
-            terms = self.terms_fn(params, batch, jax.tree.map(lambda x: x[None], one))[0]
-            return jnp.sum(slope * (terms[:, 0::2] - terms[:, 1::2])), terms
+            terms = self.terms_fn(params, batch, one)[0]
+            winner, loser = jnp.sum(slope * terms[:, 0::2]), -jnp.sum(slope * terms[:, 1::2])
+            return jnp.stack([winner, loser] if self.one_pair else [winner + loser]), terms
 
         def step(moments, one):
-            frozen = self.terms_fn(reference, batch, jax.tree.map(lambda x: x[None], one))[0]
+            one = jax.tree.map(lambda x: x[None], one)
+            frozen = self.terms_fn(reference, batch, one)[0]
             if not self.gradient:
-                return None, jnp.stack([linear(params, one)[1], frozen])
-            grads, terms = jax.grad(linear, has_aux=True)(params, one)
-            return moments.add(grads, self.parts), jnp.stack([terms, frozen])
+                return None, (jnp.stack([linear(params, one)[1], frozen]), None)
+            summands, pull, terms = jax.vjp(lambda params: linear(params, one), params, has_aux=True)
+            grads = [pull(row)[0] for row in jnp.eye(len(summands))]
+            squares = jnp.stack([squared_norms(g, self.parts) for g in grads])
+            moments = tuple(m.add(g, self.parts) for m, g in zip(moments, grads, strict=True))
+            return moments, (jnp.stack([terms, frozen]), squares)
 
-        start = Moments.zero(params, self.parts) if self.gradient else None
-        moments, terms = jax.lax.scan(step, start, drawn)
+        moments, (terms, squares) = jax.lax.scan(step, self.zero(params), drawn)
         inside = batch.segment_ids[..., None] == jnp.arange(1, self.num_segments + 1)
         size = jnp.sum(inside & batch.response_mask[..., None], axis=1)
         masked = jnp.sum(inside & drawn.masked[..., None], axis=2)
-        return jnp.moveaxis(terms, 0, 1), masked / jnp.maximum(size, 1), moments
+        return jnp.moveaxis(terms, 0, 1), masked / jnp.maximum(size, 1), moments, squares
 
 
 def terms_of(logits_fn: Callable[[Any, Array], Array], *, mask_id: int, num_segments: int) -> TermsFn:
@@ -264,6 +286,50 @@ def pair_statistics(elbos: np.ndarray, truth: np.ndarray, beta: float) -> dict[s
         "covariance": covariance.mean(-1),
         "Eq. 9": beta**2 * (each[0] + each[1] - 2 * covariance).sum(-1),
     }
+
+
+def theorem_4(score_variance: np.ndarray, trace: np.ndarray, largest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds of the mean error and of tr Var of the gradient of one pair's loss, `trace` being tr Var grad s_hat.
+
+    C = `largest` bounds |grad s_hat|. The error: |sigma(-s_hat) - sigma(-s)| <= |s_hat - s| / 4 times |grad s| <= C,
+    and sigma <= 1 times |grad s_hat - grad s|. The variance: half the mean over pairs of repeats of
+    |sigma_1 g_1 - sigma_2 g_2|^2 <= |g_1 - g_2|^2 + C^2 / 8 (s_1 - s_2)^2, so that it holds for the sample variances of
+    repeats whose own largest norm is C, and not for a C that bounds the true gradient |grad s| alone.
+    """
+    return (
+        largest / 4 * np.sqrt(score_variance) + np.sqrt(trace),
+        np.square(largest) / 8 * score_variance + trace,
+    )
+
+
+def best_times(squares: np.ndarray, shares: np.ndarray, variances: np.ndarray) -> Callable[[np.ndarray], float]:
+    """The least variance of independent times of any one density over that of uniform times, a statistic of pairs.
+
+    From squared (norms of) terms and masked shares l / L [t, y, q, 2 (winner, loser)] at uniform times, and the terms'
+    variances [q], mean of the two. A draw counts 1 / density: the second moment E[square / density] is least at a
+    density that goes as sqrt(E[square | l]), where it is (E_l sqrt(E[square | l]))^2. The density is constant on each
+    tenth of shares and alike for all pairs. Few draws in a tenth let it come out too low.
+    """
+    tenth = np.minimum(shares * 10 - 1e-6, 9).astype(int)[..., None] == np.arange(10)
+    counts, sums = tenth.sum((0, 1, 3)), (tenth * squares[..., None]).sum((0, 1, 3))  # [q, 10]
+
+    def ratio(chosen):
+        count, total = counts[chosen].sum(0), sums[chosen].sum(0)
+        uniform, best = total.sum() / count.sum(), np.square(np.sqrt(count * total).sum() / count.sum())
+        variance = variances[chosen].mean()
+        return (best - (uniform - variance)) / variance
+
+    return ratio
+
+
+def neyman(variances: np.ndarray) -> Callable[[np.ndarray], float]:
+    """The variance of a mean over pairs whose calls go as the roots of their `variances` [q], over an equal share each.
+
+    A statistic of pairs, and a limit: calls are whole numbers, and variances estimated from k repeats differ more than
+    the true ones, which lets it come out too low (by 1 / (2 k - 2) for one normal parameter, by less for many).
+    """
+    variances = np.maximum(variances, 0)
+    return lambda chosen: np.square(np.sqrt(variances[chosen]).mean()) / variances[chosen].mean()
 
 
 def bootstrap(statistic: Callable[[np.ndarray], float], count: int, *, seed: int = 0, draws: int = 1000):

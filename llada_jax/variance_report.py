@@ -38,9 +38,9 @@ def tabulate(
         )
         statistics[e.name] = variance.pair_statistics(elbos, truth, beta)
         if parts:
-            gradients[e.name] = {key: np.stack([batch[e.name][key] for batch in found]) for key in
-                                 ("trace", "mean_error", "error")}  # fmt: skip
-    pairs = truth.shape[-2]
+            gradients[e.name] = {key: np.stack([batch[e.name][key] for batch in found]) for key in found[0][e.name]
+                                 if key != "elbos" and all(key in batch[e.name] for batch in found)}  # fmt: skip
+    pairs, true_scores = truth.shape[-2], variance.scores_of(truth, beta)
     repeats = len(found[0][estimators[0].name]["elbos"])
     columns = {}
     for e in estimators:
@@ -79,6 +79,8 @@ def tabulate(
                 _mean_of(gradients[e.name]["mean_error"][:, k] - noise), len(found)
             )
             column[f"gradient error: {part}"] = float(gradients[e.name]["error"][..., k].mean())
+            if "score trace" in gradients[e.name]:  # one pair a batch
+                column |= _of_one_pair(gradients[e.name], found, mine["score variance"], true_scores, k, part)
             if baseline is not None:
                 other = gradients[baseline.name]["trace"][:, k]
                 column[f"gradient variance: {part} x cost / VRPO"] = _interval(
@@ -86,6 +88,19 @@ def tabulate(
                 )
         columns[e.name] = column
     return {"columns": columns, "decomposition": _decomposition(found, kept, estimators, columns, parts, beta)}
+
+
+def _of_one_pair(gradients: dict, found, score_variance: np.ndarray, scores: np.ndarray, k: int, part: str) -> dict:
+    """Theorem 4, C being the largest norm of the pair's score gradient in any repeat or the truth; budget by pair."""
+    true = np.sqrt([batch["truth"]["norm"][k] for batch in found]) * (1 + np.exp(scores))
+    largest = np.maximum(gradients["score gradient"][..., k].max(1), true)
+    error, trace = variance.theorem_4(score_variance, np.maximum(gradients["score trace"][:, k], 0), largest)
+    return {
+        f"Theorem 4: C: {part}": float(largest.mean()),
+        f"Theorem 4: bound of gradient error: {part}": float(error.mean()),
+        f"Theorem 4: bound of gradient variance: {part}": float(trace.mean()),
+        f"budget by pair / equal: {part}": _interval(variance.neyman(gradients["trace"][:, k]), len(found)),
+    }
 
 
 def _vrpo(estimators: Sequence[Estimator], n: int) -> Estimator | None:
@@ -118,16 +133,23 @@ def _decomposition(found, kept, estimators, columns, parts, beta: float) -> dict
     ratio = np.concatenate([by_pair(t[:, :, 0] - t[:, :, 1], p) for t, p in both], axis=-2)
     shares = np.concatenate([by_pair(b["nested"]["shares"], p) for b, p in zip(found, kept, strict=True)], axis=-2)
 
-    out = {}
+    out, times = {}, "best independent times / iid"
     for name, terms, factor in (("policy ELBO", policy, 1.0), ("score", ratio, 2 * beta**2)):
         split = variance.decompose(jnp.asarray(terms))
         # Winner and loser draw independently: the score's variance is the sum of the two, 2 beta^2 x the mean.
         v_t, v_yt = (factor * np.asarray(v).mean(-1) for v in (split.v_t, split.v_yt))
         out[name] = {"V_t": _interval(_mean_of(v_t), len(v_t)), "V_yt": _interval(_mean_of(v_yt), len(v_yt))}
+        if (v_t + v_yt).mean() > 1e-9:
+            out[name][times] = _interval(variance.best_times(terms**2, shares, (v_t + v_yt) / factor), len(v_t))
     for k, part in enumerate(parts):
         v_t, v_yt = (np.stack([batch["nested"][name][k] for batch in found]) for name in ("v_t", "v_yt"))
         out[f"gradient: {part}"] = {"V_t": _interval(_mean_of(v_t), len(v_t)),
                                     "V_yt": _interval(_mean_of(v_yt), len(v_yt))}  # fmt: skip
+        if all("squares" in batch["nested"] for batch in found):  # one pair a batch: each draw has a time of its own
+            squares = np.stack([batch["nested"]["squares"][..., k] for batch in found], axis=2)
+            out[f"gradient: {part}"][times] = _interval(
+                variance.best_times(squares, shares, (v_t + v_yt) / 2), len(v_t)
+            )
     for name, values in out.items():
         measured = {"policy ELBO": "policy ELBO variance", "score": "score variance"}.get(
             name, name.replace("gradient:", "gradient variance:")
@@ -160,14 +182,15 @@ def as_text(table: dict) -> str:
     short = {k: k.replace("variance", "Var").replace("gradient Var:", "Var grad").replace("all parameters", "all")
              for k in shown}  # fmt: skip
     width = max(map(len, columns)) + 2
-    head = "estimator".ljust(width) + "n".rjust(3) + "".join(f"  {short[k]:>18}" for k in shown)
-    lines = [head]
+    cells = {k: max(18, len(short[k])) for k in shown}
+    lines = ["estimator".ljust(width) + "n".rjust(3) + "".join(f"  {short[k]:>{cells[k]}}" for k in shown)]
     for name, column in columns.items():
-        cells = "".join(f"  {_cell(column[k]) if k in column else '':>18}" for k in shown)
-        lines.append(f"{name:<{width}}{column['model calls']:>3}{cells}{'  biased' if column['biased'] else ''}")
+        row = "".join(f"  {_cell(column[k]) if k in column else '':>{cells[k]}}" for k in shown)
+        lines.append(f"{name:<{width}}{column['model calls']:>3}{row}{'  biased' if column['biased'] else ''}")
     for name, values in table["decomposition"].items():
         if isinstance(values, dict):
-            lines.append(f"{name}: V_t {_cell(values['V_t'])}, V_yt {_cell(values['V_yt'])}")
+            shown = [k for k, v in values.items() if isinstance(v, list)]
+            lines.append(f"{name}: " + ", ".join(f"{k} {_cell(values[k])}" for k in shown))
             for column, (predicted, measured) in values["predicted, measured"].items():
                 lines.append(f"    {column:<{width}} predicted {predicted:.3g}, measured {measured:.3g}")
     return "\n".join(lines)

@@ -39,6 +39,8 @@ OURS = (
     "n_t=4,times=importance,masks=cyclic,share_in_pair=masks",
     "n_t=4,times=stratified,weights=leave_one_out,pseudo_count=1",
     "n_t=4,times=importance,weights=leave_one_out,pseudo_count=1",
+    "n_t=4,times=stratified,masks=cyclic,weights=balanced,pseudo_count=0.2",
+    "n_t=4,times=importance,masks=cyclic,weights=balanced,pseudo_count=1",
     "n_t=4,times=stratified,weights=self_normalised",
     "n_t=8,times=importance,masks=cyclic",
 )
@@ -80,9 +82,10 @@ class Run:
         self.model, self.rows = self._open()
         parts = (EVERYTHING, *args.part) if not args.no_gradient else ()
         segments = self.rows.num_segments
+        self.count = -(-len(self.rows) // args.batch_rows)
         self.problem = Problem(
             functools.partial(_model_terms, model=self.model, num_segments=segments, chunk=args.mc_chunk),
-            segments, args.beta, args.seed, parts, not args.no_gradient,
+            segments, args.beta, args.seed, parts, not args.no_gradient, self.rows.stats.samples == self.count,
         )  # fmt: skip
 
     def _open(self) -> tuple[LLaDA, data.Rows]:
@@ -112,33 +115,37 @@ class Run:
         return kept | {"rows": self.rows.fingerprint}
 
     def batches(self) -> Iterator:
-        """Global batches of the rows, each once, in order."""
+        """Global batches of the rows, each once, in order, whatever share of them each host loads."""
         hosts = Parallel("mesh", self.mesh)
         index, count = hosts.shard
         loader = data.loader(
             self.rows, batch_rows=self.args.batch_rows, seed=0, shuffle=False, epochs=1, pad=True,
             shard_index=index, shard_count=count,
         )  # fmt: skip
-        return map(hosts.put, loader)
+        # Padding has row ids below 0; it goes last.
+        in_order = jax.jit(
+            lambda batch: jax.tree.map(lambda x: x[jnp.argsort(batch.row_ids.astype(jnp.uint32))], batch),
+            out_shardings=mesh_lib.rows(self.mesh),
+        )
+        return (in_order(hosts.put(batch)) for batch in loader)
 
     def measure(self) -> list[dict]:
         """Computes what is not on disk yet; returns the results of every batch, by estimator name."""
         args, problem = self.args, self.problem
         everywhere = mesh_lib.replicated(self.mesh)
         like = jax.tree.map(lambda x: x.sharding, self.params) if problem.gradient else None
-        moments = Moments(like, everywhere, everywhere) if problem.gradient else None
+        moments = (Moments(like, everywhere, everywhere),) * (1 + problem.one_pair) if problem.gradient else None
         jit = functools.partial(jax.jit, static_argnames="estimator")
         self._estimate = jit(problem.estimate, out_shardings=(like, everywhere))
         self._repeat = jit(problem.repeat, out_shardings=(everywhere, moments, everywhere), donate_argnums=4)
         self._nested = jax.jit(
-            problem.nested, static_argnames="n_yt", out_shardings=(everywhere, everywhere, moments)
+            problem.nested, static_argnames="n_yt", out_shardings=(everywhere, everywhere, moments, everywhere)
         )
-        self._zero = jax.jit(lambda params: Moments.zero(params, problem.parts), out_shardings=moments)
+        self._zero = jax.jit(problem.zero, out_shardings=moments)
         self._norms = jax.jit(lambda tree: variance.squared_norms(tree, problem.parts))
-        count = -(-len(self.rows) // args.batch_rows)
-        found = [{} for _ in range(count)]
+        found = [{} for _ in range(self.count)]
         done, each = 0, args.repeats
-        with metrics.Progress(count * each * len(self.estimators), unit="repeat", show=()) as progress:
+        with metrics.Progress(self.count * each * len(self.estimators), unit="repeat", show=()) as progress:
             for number, (results, batch) in enumerate(zip(found, self.batches(), strict=True)):
                 path = self.out / f"batch{number:05d}"
                 truth = None
@@ -175,23 +182,23 @@ class Run:
 
     def _column(self, estimator: Estimator, batch, truth) -> dict:
         """All repeats of one estimator on one batch."""
-        moments = self._zero(self.params) if self.problem.gradient else None
-        elbos, errors = [], []
+        moments = self._zero(self.params)
+        elbos, norms = [], []
         for repeat in range(self.args.repeats):
-            found, moments, error = self._repeat(
+            found, moments, norm = self._repeat(
                 self.params, self.reference, batch, jnp.int32(repeat), moments, truth[1], estimator=estimator
             )
             elbos.append(np.asarray(found))
-            errors.append(error)
+            norms.append(norm)
         values = {"elbos": np.stack(elbos)}
         if moments is None:
             return values
-        mean_error = jax.tree.map(lambda a, t: a / moments.count - t, moments.total, truth[1])
-        return values | {
-            "trace": np.asarray(moments.trace(self.problem.parts)),
-            "error": np.stack([np.asarray(e) for e in errors]),
-            "mean_error": np.asarray(self._norms(mean_error)),
-        }
+        mean_error = jax.tree.map(lambda a, t: a / moments[0].count - t, moments[0].total, truth[1])
+        values |= {name: np.stack([np.asarray(norm[name]) for norm in norms]) for name in norms[0]}
+        values["mean_error"] = np.asarray(self._norms(mean_error))
+        for name, of in zip(("trace", "score trace"), moments, strict=False):  # the second for one pair alone
+            values[name] = np.asarray(of.trace(self.problem.parts))
+        return values
 
     def _nested_draws(self, batch, truth) -> dict:
         """nested_t times, nested_yt samples at each, of the terms and of the gradient made linear at the truth."""
@@ -199,25 +206,31 @@ class Run:
         ratio = elbos[0] - elbos[1]
         scores = jnp.asarray(self.args.beta * (ratio[:, 0::2] - ratio[:, 1::2]))
         n_t, n_yt = self.args.nested_t, self.args.nested_yt
-        terms, shares = [], []
-        whole = self._zero(self.params) if self.problem.gradient else None
-        within, between = 0.0, 0.0
+        terms, shares, squares = [], [], []
+        whole = self._zero(self.params)
+        within, between = 0.0, 0.0  # of every summand of the gradient, [1 or 2, p]
         for time in range(n_t):
-            found, share, moments = self._nested(
+            found, share, moments, square = self._nested(
                 self.params, self.reference, batch, jnp.int32(NESTED_EPOCH + time), scores, n_yt=n_yt
             )
             terms.append(np.asarray(found))
             shares.append(np.asarray(share))
             if moments is not None:
-                squared = self._norms(moments.total)
-                within += (moments.squares - squared / n_yt) / (n_yt - 1) / n_t
-                between += squared / n_yt**2
-                whole = whole.replace(total=jax.tree.map(jnp.add, whole.total, moments.total))
+                squares.append(np.asarray(square))
+                totals = self._totals(moments)
+                within += (squares[-1].sum(0) - totals / n_yt) / (n_yt - 1) / n_t
+                between += totals / n_yt**2
+                whole = jax.tree.map(jnp.add, whole, moments)
         values = {"terms": np.moveaxis(np.stack(terms), 1, 2), "shares": np.stack(shares), "elbos": elbos}
         if whole is None:
             return values
-        between = (between - self._norms(whole.total) / n_yt**2 / n_t) / (n_t - 1)
-        return values | {"v_yt": np.asarray(within), "v_t": np.asarray(between - within / n_yt)}
+        between = (between - self._totals(whole) / n_yt**2 / n_t) / (n_t - 1)
+        # The summands are independent: their variances add up.
+        values |= {"v_yt": within.sum(0), "v_t": (between - within / n_yt).sum(0)}
+        return values | ({"squares": np.stack(squares)} if self.problem.one_pair else {})
+
+    def _totals(self, moments: tuple[Moments, ...]) -> np.ndarray:
+        return np.stack([np.asarray(self._norms(m.total)) for m in moments])
 
     def _pairs(self, batch) -> np.ndarray:
         everywhere = mesh_lib.replicated(self.mesh)

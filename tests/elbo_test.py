@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llada_jax import elbo
+from llada_jax import elbo, noise
 from llada_jax.model import LLaDA, ModelConfig
 
 MASK = 7
@@ -19,6 +19,7 @@ SCHEMES = [
     {"times": "antithetic", "masks": "coupled", "weights": "leave_one_out", "pseudo_count": 1.0},
     {"times": "systematic", "masks": "cyclic", "weights": "plain"},
     {"times": "importance", "masks": "exact", "weights": "leave_one_out", "pseudo_count": 1.0},
+    {"times": "importance", "masks": "cyclic", "weights": "balanced", "pseudo_count": 0.3},
 ]
 
 
@@ -86,7 +87,7 @@ def test_estimates_are_unbiased(tiny, scheme, n_t, n_yt):
     error = values.std(0, ddof=1) / np.sqrt(repeats)
     assert np.all(error < 0.02 * np.abs(exact)), "the test has no power"
     assert np.all(np.abs(values.mean(0) - exact) < 4 * error)
-    if n_t > 1 and scheme["times"] == "iid":  # the reported error is the true one
+    if elbo.error_is_known(noise.Scheme(n_t, n_yt, **scheme)):  # the reported error is the true one
         reported = np.sqrt(np.mean(np.asarray(estimate.stderr).reshape(repeats, 2) ** 2, 0))
         np.testing.assert_allclose(reported, values.std(0, ddof=1), rtol=0.15)
 
@@ -112,6 +113,14 @@ def test_gradients_are_unbiased():
     error = found.std(ddof=1) / np.sqrt(found.size)
     assert error < 0.02 * abs(exact), "the test has no power"
     assert abs(found.mean() - exact) < 4 * error
+
+
+def test_where_the_spread_of_the_terms_is_their_error():
+    known = [s for s in SCHEMES if elbo.error_is_known(noise.Scheme(4, 2, **s))]
+    assert known == SCHEMES[:2] and not elbo.error_is_known(noise.Scheme(1, 4))  # iid, exact or Bernoulli, plain
+    for changed in ({"masks": "coupled"}, {"masks": "cyclic"}, {"times": "systematic"}, {"weights": "leave_one_out"}):
+        assert not elbo.error_is_known(noise.Scheme(4, **changed))
+    assert elbo.error_is_known(noise.Scheme(4, share_in_pair="masks"))  # a score's draws are still independent
 
 
 def test_one_time_has_no_standard_error(tiny):

@@ -1,12 +1,18 @@
 """Held-out evaluation against numpy, exact enumeration and toy models. Scorers: pairs_test.py."""
 
+import json
+import pathlib
+import signal
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llada_jax import elbo, evaluate, noise, steps, tokenizer
+from configs import base
+from llada_jax import elbo, evaluate, metrics, noise, steps, sudoku, tokenizer, train, variance
+from llada_jax import plan as plan_lib
 from llada_jax.batch import Batch
 from llada_jax.metrics import Mean
 from llada_jax.model import LLaDA, ModelConfig
@@ -100,6 +106,105 @@ def test_preference_metrics_are_means_over_pairs(params, batch):
     assert float(found["rewards/accuracies"].stderr) == pytest.approx(0.5)  # of 0 and 1
     assert float(found["loss/preference"].value) == pytest.approx(np.log1p(np.exp([-0.5, 1.5])).mean(), rel=1e-4)
     assert float(found["score/mc_variance"].value) == pytest.approx(0, abs=1e-6)  # the same noise in both
+
+
+@pytest.mark.parametrize("share_noise", [True, False])
+def test_score_variance_is_that_of_repeats_and_of_nested_draws(params, batch, share_noise):
+    scheme = noise.Scheme(2, times="stratified", share_in_pair="masks")
+    settings = steps.Preference(beta=0.5, scheme=scheme, share_noise=share_noise, seed=3)
+    reference = jax.tree.map(lambda x: 1.3 * x, params)
+    kwargs = {"model": MODEL, "num_segments": 2}
+    compiled = jax.jit(lambda *args: evaluate.score_variance(*args, settings=settings, repeats=5, **kwargs))
+    found = compiled(params, batch, reference)
+
+    def scores(scheme, epoch, share_noise):  # [n, pairs]
+        rows = batch.replace(epochs=jnp.full(3, epoch))
+        drawn = [steps.draw(rows, scheme, seed=3, stream=s, num_segments=2) for s in ("evaluate", "reference")]
+        terms = [steps.model_terms(MODEL, p, rows, d, num_segments=2)
+                 for p, d in ((params, drawn[0]), (reference, drawn[0 if share_noise else 1]))]  # fmt: skip
+        ratio = np.asarray(terms[0] - terms[1], np.float64)
+        return 0.5 * ratio[:, :2]
+
+    repeats = np.stack([scores(scheme, k, share_noise).mean(0) for k in range(5)])
+    truth = (repeats[..., 0] - repeats[..., 1]).var(0, ddof=1)
+    nested = np.stack([scores(noise.Scheme(1, 2), variance.NESTED_EPOCH + k, True) for k in range(5)])  # [t, y, q, 2]
+    v_yt = nested.var(1, ddof=1).mean(0)
+    v_t = nested.mean(1).var(0, ddof=1) - v_yt / 2
+    expected = {"score_variance": truth, "score_v_t": v_t.sum(-1), "score_v_yt": v_yt.sum(-1)}
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert float(found[name].value) == pytest.approx(values.mean(), rel=1e-3), name
+        assert float(found[name].stderr) == pytest.approx(values.std(ddof=1) / 2**0.5, rel=1e-3), name
+
+
+VRPO = {
+    "init_from": str(pathlib.Path(sudoku.__file__).parent / "assets" / "sudoku"),
+    "num_steps": 2,
+    "data.holdout": 0.2,
+    "data.template": "plain",
+    "data.append_eos": False,
+    "data.row_length": 66,
+    "data.batch_rows": 8,
+    "vrpo.n_t": 2,
+    "vrpo.times": "stratified",
+    "optimizer.warmup_steps": 1,
+    "eval.n_t": 2,
+    "eval.variance_repeats": 3,
+}
+
+
+def plan_of(write, workdir, **changes):
+    wrong = str.maketrans("1234", "2341")
+    records = [{"prompt": r["prompt"], "chosen": r["response"], "rejected": r["response"].translate(wrong)}
+               for r in sudoku.records(40, seed=2)]  # fmt: skip
+    config = base.get_config()
+    config.update_from_flattened_dict(VRPO | {"data.train": write(records), **changes})
+    return plan_lib.make_plan(config, workdir)
+
+
+@pytest.mark.slow
+def test_training_logs_the_variance_of_its_score_where_asked_and_resumed(write, tmp_path, monkeypatch):
+    def evaluations(workdir):
+        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        assert not any("score/mc_variance" in line for line in lines)  # stratified times: not known from one estimate
+        return [line for line in lines if "eval/loss/preference" in line]
+
+    names = [f"eval/score_{name}{end}" for name in ("variance", "v_t", "v_yt") for end in ("", "_stderr")]
+    assert train.train(plan_of(write, tmp_path / "whole")) == 0
+    before, after = evaluations(tmp_path / "whole")
+    assert all(abs(before[name]) < 1e-9 for name in names)  # the policy is its reference yet
+    assert after["eval/score_variance"] > 0 and after["eval/score_v_yt"] > 0 and set(names) <= after.keys()
+
+    writing = metrics.Writer.write
+
+    def stopping(self, step, values):
+        writing(self, step, values)
+        if step == 1 and "loss" in values:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics.Writer, "write", stopping)
+        assert train.train(plan_of(write, tmp_path / "stopped")) == train.STOPPED
+    assert train.train(plan_of(write, tmp_path / "stopped")) == 0
+    assert evaluations(tmp_path / "stopped") == [before, after]
+    # Where it is no longer asked for, it is not measured, and the table at the end does without.
+    assert train.train(plan_of(write, tmp_path / "stopped", **{"eval.variance_repeats": 0, "num_steps": 3})) == 0
+    assert not set(names) & evaluations(tmp_path / "stopped")[-1].keys()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"eval.variance_repeats": 2}, "=2 is too few: at least 3, or 0"),
+        ({"eval.variance_repeats": -1}, "=-1 must be at least 0"),
+        ({"objective": "sft"}, "objective='sft' has none of"),
+        ({"vrpo.reference": "cached"}, "beyond cached terms: set vrpo.reference='model'"),
+        ({"data.holdout": 0.0}, "needs held-out pairs: set data.holdout"),
+    ],
+)
+def test_variance_repeats_that_cannot_be_are_one_line(write, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        plan_of(write, tmp_path, **changes)
 
 
 class Digits(tokenizer.Tokenizer):

@@ -13,7 +13,8 @@ MAP = {
     "chips": "",
     "tokenizer": "",
     "records": "tokenizer",
-    "data": "batch tokenizer records",
+    "packing": "tokenizer records",
+    "data": "batch packing records tokenizer",
     "noise": "",
     "attention": "",
     "model": "attention",
@@ -29,24 +30,26 @@ MAP = {
     "checkpoint": "",
     "convert": "model checkpoint",
     "sampling": "",
-    "evaluate": "batch noise losses metrics model steps data records sampling",
+    "variance": "noise elbo losses",
+    "evaluate": "batch noise losses metrics model steps packing records sampling variance",
     "reference": "batch",
-    "plan": "attention convert data distributed evaluate mesh model noise optim parallel records steps tokenizer",
+    "plan": (
+        "attention convert data distributed evaluate mesh model noise optim packing parallel records steps tokenizer"
+    ),
     "train": "checkpoint convert data distributed evaluate mesh metrics noise plan reference state steps",
     # Beside, never imported by train.py.
     "benchmark_load": "convert mesh model",
-    "benchmark_step": "batch chips convert data distributed mesh noise plan state steps train",
+    "benchmark_step": "batch chips convert data distributed mesh noise packing plan state steps train",
     "benchmark_torch": "batch benchmark_step model steps",
     "benchmark": "benchmark_load benchmark_step benchmark_torch distributed train",
     "hlo": "",
     "compile": "batch benchmark_step chips hlo mesh plan state train",
     "sudoku": "",
-    "variance": "noise elbo losses",
     "variance_report": "variance",
     "variance_run": (
         "convert data distributed mesh metrics model noise parallel steps tokenizer variance variance_report"
     ),
-    "pairs": "data evaluate metrics records sampling tokenizer convert",
+    "pairs": "convert evaluate metrics packing records sampling tokenizer",
 }
 
 

@@ -76,6 +76,16 @@ COMBINATIONS = [
             ("importance", "coupled", 0.0),
         )
     ),
+    *(
+        {"times": times, "masks": masks, "weights": "balanced", "pseudo_count": count}
+        for times, masks, count in (
+            ("iid", "exact", 0.1),
+            ("stratified", "cyclic", 0.5),
+            ("antithetic", "coupled", 2.0),
+            ("systematic", "bernoulli", 1.0),
+            ("importance", "cyclic", 1.0),
+        )
+    ),
     {"times": "stratified", "masks": "cyclic", "share_in_pair": "masks"},
     {"times": "importance", "weights": "leave_one_out", "share_in_pair": "times"},
 ]
@@ -143,6 +153,25 @@ def test_complements_and_circles():
     assert np.ptp(often, axis=1).max() <= 1
 
 
+def test_balanced_weights_are_the_ridge_solution_and_keep_each_draws_sum():
+    """Truth: the constrained least squares of the docstring, solved token by token in float64."""
+    keys, c = jax.random.split(jax.random.key(3), 8), 0.4
+    scheme = noise.Scheme(n_t=4, times="stratified", masks="cyclic", weights="balanced", pseudo_count=c)
+    found = draw(keys, scheme)
+    plain = draw(keys, noise.Scheme(n_t=4, times="stratified", masks="cyclic"))
+    for row in range(8):
+        for where in (slice(2, 5), slice(6, 11)):
+            masked = np.asarray(found.masked[:, row, where])
+            j, i = np.nonzero(masked)
+            # Unknowns w_ij and one multiplier a draw: gradient of the objective, then the sums.
+            same_token, of_draw = (i[:, None] == i), (j[:, None] == np.arange(4)).astype(float)
+            top = np.hstack([np.eye(i.size) + same_token / c, of_draw])
+            bottom = np.hstack([of_draw.T, np.zeros((4, 4))])
+            sums = np.asarray(plain.weights[:, row, where]).sum(1)
+            solution = np.linalg.solve(np.vstack([top, bottom]), np.append(np.full(i.size, 4 / c), sums))
+            np.testing.assert_allclose(np.asarray(found.weights[:, row, where])[j, i], solution[: i.size], atol=2e-5)
+
+
 def test_a_scheme_of_your_own_is_one_entry():
     noise.TIMES["halves"] = lambda u, lengths: (u / 2, jnp.ones_like(u), jnp.ones_like(u))
     try:
@@ -198,6 +227,7 @@ def test_one_token_responses_are_always_masked_with_weight_one():
     [
         ({"times": "importance", "masks": "bernoulli"}, "use masks by count"),
         ({"pseudo_count": 1.0}, "0 unless weights='leave_one_out'"),
+        ({"weights": "balanced"}, "needs pseudo_count above 0"),
         ({"weights": "leave_one_out", "masks": "cyclic"}, "have none: use more times, or other masks"),
         ({"weights": "leave_one_out", "n_t": 1}, "have none"),
         ({"share_in_pair": "noise"}, "share_in_pair='noise' is not one of"),

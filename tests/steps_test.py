@@ -200,9 +200,11 @@ def test_sharing_noise_lowers_the_error_of_the_score(policy, batch):
     assert errors[True] < errors[False] / 20
 
 
-def test_the_reported_error_of_the_score_is_the_true_one(policy, frozen, batch):
+@pytest.mark.parametrize("share_noise, share_in_pair", [(True, "nothing"), (True, "masks"), (False, "times")])
+def test_the_reported_error_of_the_score_is_the_true_one(policy, frozen, batch, share_noise, share_in_pair):
     """Against the spread of the score over many seeds."""
-    settings = dataclasses.replace(SETTINGS, scheme=noise.Scheme(n_t=4))
+    scheme = noise.Scheme(n_t=4, share_in_pair=share_in_pair)
+    settings = dataclasses.replace(SETTINGS, scheme=scheme, share_noise=share_noise)
 
     def score(seed):
         rows = batch.replace(epochs=jnp.full(4, seed, jnp.int32))
@@ -215,6 +217,15 @@ def test_the_reported_error_of_the_score_is_the_true_one(policy, frozen, batch):
     scores, variances, is_pair = jax.jit(lambda seeds: jax.lax.map(score, seeds))(jnp.arange(300))
     true, reported = scores.var(0, ddof=1)[is_pair[0]], variances.mean(0)[is_pair[0]]
     np.testing.assert_allclose(reported.mean(), true.mean(), rtol=0.15)
+
+
+def test_the_error_of_the_score_is_logged_only_where_it_is_known(policy, frozen, batch):
+    for scheme in (noise.Scheme(2, times="stratified"), noise.Scheme(2, weights="leave_one_out"), noise.Scheme(1, 2)):
+        settings = dataclasses.replace(SETTINGS, scheme=scheme)
+        step = functools.partial(steps.vrpo_step, model=MODEL, tx=TX, settings=settings, num_segments=SEGMENTS)
+        before = state.TrainState(jnp.zeros((), jnp.int32), policy, TX.init(policy))
+        metrics = jax.eval_shape(step, before, batch, frozen)[1]
+        assert "rewards/margins" in metrics and not [name for name in metrics if name.startswith("score/")]
 
 
 def test_rows_of_padding_and_other_rows_order_change_nothing(policy, frozen, batch):

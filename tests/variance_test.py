@@ -1,8 +1,11 @@
 """The laboratory against closed forms, numpy, and its own command on the shipped Sudoku pair."""
 
+import dataclasses
 import doctest
 import json
 import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +67,37 @@ def test_decomposition_finds_both_variances_and_its_errors_are_true():
         variance.decompose(jnp.zeros((3, 1, 5)))
 
 
+def test_decomposition_of_few_times_is_unbiased_and_its_jackknife_leaves_one_time_out():
+    rng = np.random.default_rng(0)
+    terms = 2 * rng.normal(size=(3, 1, 20_000)) + 3 * rng.normal(size=(3, 2, 20_000))
+    found = variance.decompose(jnp.asarray(terms))
+    for value, truth in ((found.v_t, 4), (found.v_yt, 9)):
+        error = float(value.std()) / 20_000**0.5
+        assert error < 0.02 * truth and abs(float(value.mean()) - truth) < 4 * error
+    terms = rng.normal(size=(6, 3))
+    found = variance.decompose(jnp.asarray(terms))
+    but_one = [np.delete(terms, k, 0) for k in range(6)]
+    v_yt = np.array([x.var(1, ddof=1).mean() for x in but_one])
+    v_t = np.array([x.mean(1).var(ddof=1) for x in but_one]) - v_yt / 3
+    for error, values in ((found.v_t_stderr, v_t), (found.v_yt_stderr, v_yt)):
+        assert float(error) == pytest.approx(np.sqrt(5 * values.var()), rel=1e-4)
+
+
+@pytest.mark.parametrize("share", ["times", "masks"])
+def test_what_a_pair_shares_no_other_pair_of_the_row_has(share):
+    segments = jnp.repeat(jnp.arange(1, 5), 6)[None]
+    drawn = noise.draw_rows(
+        jax.random.split(jax.random.key(0), 4000), jnp.tile(segments > 0, (4000, 1)), jnp.tile(segments, (4000, 1)),
+        num_segments=4, scheme=noise.Scheme(1, share_in_pair=share),
+    )  # fmt: skip
+    masked = np.asarray(drawn.masked[0]).reshape(4000, 4, 6)
+    counts = np.corrcoef(masked.sum(-1).T)
+    assert counts[0, 1] == pytest.approx(1) == counts[2, 3] and np.abs(counts[:2, 2:]).max() < 0.06
+    assert (masked[:, 0] == masked[:, 1]).all() == (share == "masks")
+    alike = (masked[:, 0] == masked[:, 2]).mean()  # two independent sets, of l and k of 6
+    assert alike == pytest.approx((7 / 12) ** 2 + (5 / 12) ** 2, abs=0.02)
+
+
 def test_streamed_moments_are_those_of_stacked_gradients():
     rng = np.random.default_rng(0)
     grads = [{"slope": jnp.float32(rng.normal()), "table": jnp.asarray(rng.normal(size=(3, 4)), jnp.float32)}
@@ -86,17 +120,17 @@ def test_repeats_agree_with_their_prediction_and_with_autodiff(toy):
     elbos, errors, moments = {}, [], None
     for scheme in (noise.Scheme(4), noise.Scheme(2, 2)):
         estimator = Estimator(scheme)
-        moments = Moments.zero(params, PARTS)
+        moments = problem.zero(params)
         found = []
         for k in range(300):
-            one, moments, error = repeat(params, reference, batch, k, moments, truth, estimator=estimator)
+            one, moments, norms = repeat(params, reference, batch, k, moments, truth, estimator=estimator)
             found.append(np.asarray(one))
-            errors.append(np.asarray(error))
+            errors.append(np.asarray(norms["error"]))
         elbos[scheme] = np.stack(found)
         # With truth 0 the errors are the gradients' norms: E|g|^2 = |E g|^2 + tr Var.
         squares = np.mean(np.square(errors[-300:]), 0)
-        mean = variance.squared_norms(moments.total, PARTS) / 300**2
-        np.testing.assert_allclose(squares - mean, moments.trace(PARTS), rtol=0.02)
+        mean = variance.squared_norms(moments[0].total, PARTS) / 300**2
+        np.testing.assert_allclose(squares - mean, moments[0].trace(PARTS), rtol=0.02)
     nested = jax.jit(problem.nested, static_argnames="n_yt")
     scores = variance.scores_of(elbos[noise.Scheme(4)].mean(0).reshape(2, -1, 2), 0.1).reshape(2, 1)
     outs = [nested(params, reference, batch, k, jnp.asarray(scores, jnp.float32), n_yt=2) for k in range(400)]
@@ -107,6 +141,102 @@ def test_repeats_agree_with_their_prediction_and_with_autodiff(toy):
         np.testing.assert_allclose(found[:, 0].var(0, ddof=1), predicted, rtol=0.25)
     shares = np.stack([o[1] for o in outs])
     assert shares.min() > 0 and shares.max() == 1
+
+
+def by_count(theta, tokens):
+    """log p of any token is -theta x how many of its half of the row are masked: all is a function of two counts."""
+    masks = jnp.repeat(jnp.sum((tokens == MASK).reshape(*tokens.shape[:-1], 2, -1), -1), tokens.shape[-1] // 2, -1)
+    target = -theta * masks[..., None]
+    return jnp.concatenate([target, jnp.log1p(-jnp.exp(target)), jnp.full((*tokens.shape, 6), -jnp.inf)], -1)
+
+
+def test_theorem_4_and_the_limits_of_one_pair_against_enumeration():
+    size, theta, other, beta, repeats = np.array([5, 3]), 0.7, 0.2, 0.5, 3000
+    segments = jnp.repeat(jnp.array([[1, 2]]), 6, axis=1)
+    response = jnp.arange(12) % 6 < size[np.arange(12) // 6]
+    zeros = jnp.zeros((1, 12), int)
+    batch = Batch(zeros, segments, zeros, response[None], jnp.zeros(1, int), jnp.zeros(1, int))
+    terms_fn = variance.terms_of(by_count, mask_id=MASK, num_segments=2)
+    problem = Problem(terms_fn, 2, beta, parts=(EVERYTHING,), one_pair=True)
+    params, reference = {"t": jnp.float32(theta)}, {"t": jnp.float32(other)}
+    problem = dataclasses.replace(problem, terms_fn=lambda p, *rest: terms_fn(p["t"], *rest))
+
+    # A term is -theta L l, so every combination of the two counts has a score and a gradient in closed form.
+    counts = np.stack(np.meshgrid(np.arange(1, 6), np.arange(1, 4), indexing="ij"), -1).reshape(-1, 2)
+    slopes = beta * (counts * size) @ np.array([-1, 1])  # of the score by theta
+    scores = slopes * (theta - other)
+    grads = -slopes / (1 + np.exp(scores))
+    true_score, true_slope = scores.mean(), slopes.mean()
+    true_grad = -true_slope / (1 + np.exp(true_score))
+
+    repeat = jax.jit(problem.repeat, static_argnames="estimator")
+    moments, truth, norms = problem.zero(params), {"t": jnp.float32(true_grad)}, []
+    for k in range(repeats):
+        elbos, moments, norm = repeat(
+            params, reference, batch, k, moments, truth, estimator=Estimator(noise.Scheme(1))
+        )
+        norms.append(norm)
+    of_loss, of_score = (float(m.trace((EVERYTHING,))[0]) for m in moments)
+    largest = float(max(norm["score gradient"][0] for norm in norms))
+    error = float(np.mean([norm["error"][0] for norm in norms]))
+    assert largest == pytest.approx(np.abs(slopes).max(), rel=1e-5)
+    assert of_score == pytest.approx(slopes.var(), rel=0.1) and of_loss == pytest.approx(grads.var(), rel=0.1)
+    assert error == pytest.approx(np.abs(grads - true_grad).mean(), rel=0.1)
+    c = np.abs(slopes).max()
+    bounds = [x[0] for x in variance.theorem_4(*(np.array([x]) for x in (scores.var(), slopes.var(), c)))]
+    assert bounds == pytest.approx([c / 4 * scores.std() + slopes.std(), c**2 / 8 * scores.var() + slopes.var()])
+    assert np.abs(grads - true_grad).mean() <= bounds[0] and grads.var() <= bounds[1]
+
+
+    # The gradient made linear at the true score has two summands, (1 - sigmoid) beta L l of winner and loser.
+    nested = jax.jit(problem.nested, static_argnames="n_yt")
+    scores = jnp.full((1, 1), true_score, jnp.float32)
+    outs = [nested(params, reference, batch, k, scores, n_yt=2) for k in range(500)]
+    squares, shares = (np.stack([np.asarray(o[i]) for o in outs]) for i in (3, 1))
+    summands = beta / (1 + np.exp(true_score)) * size * size  # at l = L; they go as l
+    np.testing.assert_allclose(np.sqrt(squares[..., 0]), shares[:, :, 0] * summands, rtol=1e-4)
+    assert [float(m.count) for m in outs[0][2]] == [2, 2]
+    together = dataclasses.replace(problem, one_pair=False)
+    together = together.nested(params, reference, batch, jnp.int32(0), scores, n_yt=2)[2]
+    np.testing.assert_allclose(together[0].total["t"], sum(m.total["t"] for m in outs[0][2]), rtol=1e-5)
+
+
+def test_theorem_4_holds_for_the_sample_variances_of_a_few_wild_repeats():
+    rng = np.random.default_rng(0)
+    scores, grads = rng.standard_t(1.5, (3, 5000)) * 3, rng.standard_t(1.5, (3, 5000, 2))
+    grads += scores[..., None]  # the worst is a gradient that grows with the error of its score
+    loss_grads = -grads * (1 - np.tanh(scores / 2))[..., None] / 2
+    largest = np.sqrt((grads**2).sum(-1))
+    moments = scores.var(0, ddof=1), grads.var(0, ddof=1).sum(-1)
+    found = loss_grads.var(0, ddof=1).sum(-1)
+    assert (found <= variance.theorem_4(*moments, largest.max(0))[1]).all()
+    assert (found > variance.theorem_4(*moments, largest.min(0))[1]).any()  # C has to bound them all
+
+
+def test_the_best_density_of_times_is_that_of_enumeration_and_of_drawing_from_it():
+    rng = np.random.default_rng(0)
+    sizes = np.arange(1.0, 11.0) ** 2  # of the term in each tenth of masked shares; its sign is a coin's
+    shares = rng.random((4000, 2, 3, 2))
+    squares = sizes[np.minimum(shares * 10, 9).astype(int)] ** 2
+    found = variance.best_times(squares, shares, np.full(3, np.mean(sizes**2)))
+    drawn = rng.choice(10, 100_000, p=sizes / sizes.sum())
+    terms = rng.choice([-1, 1], drawn.size) * sizes[drawn] / (10 * sizes / sizes.sum())[drawn]
+    assert found(np.arange(3)) == pytest.approx(terms.var() / np.mean(sizes**2), rel=0.03)
+    assert 0 < abs(found(np.array([1, 1])) - found(np.arange(3))) < 0.05
+    # Without the coin a term divided by a density that goes as the term is constant: nothing is left.
+    alike = variance.best_times(squares, shares, np.full(3, np.var(sizes)))(np.arange(3))
+    assert alike == pytest.approx(0, abs=0.05)
+    # What no density changes, a constant, is not counted as variance; at l = L, a share of 1 is the last tenth.
+    constant = variance.best_times(np.full((8, 2, 1, 2), 9.0), np.linspace(0.1, 1, 32).reshape(8, 2, 1, 2), np.ones(1))
+    assert constant(np.arange(1)) == pytest.approx(1)
+
+
+def test_budget_by_pair_is_neymans_allocation():
+    variances = np.array([1.0, 4.0, 25.0, 0.0])
+    calls = 120 * np.sqrt(variances) / np.sqrt(variances).sum()
+    by_pair = sum(v / c for v, c in zip(variances, calls, strict=True) if v) / 4
+    assert variance.neyman(variances)(np.arange(4)) == pytest.approx(by_pair / np.mean(variances / 30))
+    assert variance.neyman(np.array([3.0, 3.0, -1e-9]))(np.array([0, 1])) == pytest.approx(1)
 
 
 def test_pair_statistics_are_numpys(toy):
@@ -120,6 +250,41 @@ def test_pair_statistics_are_numpys(toy):
     # Theorem 1, on numbers for which it holds with room.
     assert (found["loss error"] <= np.sqrt(found["score variance"])).all()
     assert (found["loss variance"] <= 4 * found["score variance"]).all()
+
+
+def test_the_table_of_one_pair_a_batch_has_theorem_4_and_both_limits():
+    rng = np.random.default_rng(0)
+    estimator = Estimator(noise.Scheme(2), name="two")
+    gradients = {"trace": [4.0, 9.0], "error": rng.random((2, 5, 1)), "mean_error": [1.0, 1.0],
+                 "score trace": [16.0, 25.0], "score gradient": [[2, 3, 2, 2, 1], [1, 1, 1, 7, 1]]}  # fmt: skip
+    found = []
+    for pair in range(2):
+        of = {k: np.asarray(v[pair], float) for k, v in gradients.items()}
+        of = {k: v[..., None] if v.ndim < 2 else v for k, v in of.items()} | {"elbos": rng.normal(size=(5, 2, 1, 2))}
+        nested = {"terms": rng.normal(size=(4, 2, 2, 1, 2)), "shares": rng.random((4, 2, 1, 2)), "v_t": np.ones(1),
+                  "v_yt": np.ones(1), "squares": rng.random((4, 2, 2, 1))}  # fmt: skip
+        # The true score is 0, where the score's gradient is twice the loss's: 2 x sqrt(norm) = 4 tops the repeats' 3.
+        truth = {"is_pair": np.ones((1, 1), bool), "elbos": np.zeros((2, 2, 1, 2)), "norm": np.array([4.0]),
+                 "variance": np.zeros(1)}  # fmt: skip
+        found.append({"two": of, "nested": nested, "truth": truth})
+    table = variance_report.tabulate(found, [estimator], parts=(EVERYTHING,), beta=1.0, flops=1.0)
+    column, split = table["columns"]["two"], table["decomposition"][f"gradient: {EVERYTHING}"]
+    c, scores = np.array([4.0, 7.0]), np.array([variance.scores_of(batch["two"]["elbos"], 1.0) for batch in found])
+    spread = scores[..., 0].var(1, ddof=1)
+    assert column[f"Theorem 4: C: {EVERYTHING}"] == c.mean()
+    expected = (c / 4 * np.sqrt(spread) + [4, 5]).mean(), (c**2 / 8 * spread + [16, 25]).mean()
+    for name, value in zip(("error", "variance"), expected, strict=True):
+        assert column[f"Theorem 4: bound of gradient {name}: {EVERYTHING}"] == pytest.approx(value)
+    assert column[f"budget by pair / equal: {EVERYTHING}"][0] == pytest.approx(2.5**2 / 6.5)
+    squares = np.stack([batch["nested"]["squares"][..., 0] for batch in found], 2)
+    shares = np.concatenate([batch["nested"]["shares"] for batch in found], 2)
+    assert split["best independent times / iid"][0] == variance.best_times(squares, shares, np.ones(2))(np.arange(2))
+    text = variance_report.as_text(table)
+    assert "budget by pair / equal: all" in text and text.count("best independent times / iid") == 3
+    del found[1]["two"]["score trace"], found[1]["nested"]["squares"]  # several pairs a batch have neither
+    table = variance_report.tabulate(found, [estimator], parts=(EVERYTHING,), beta=1.0, flops=1.0)
+    assert not any("Theorem 4" in k or "budget" in k for k in table["columns"]["two"])
+    assert variance_report.as_text(table).count("best independent times / iid") == 2
 
 
 def test_bootstrap_covers():
@@ -175,6 +340,58 @@ def test_the_command_measures_goes_on_and_says_the_same(tmp_path, capsys, monkey
     assert [line for line in again.splitlines() if "repeat " not in line] == [
         line for line in text.splitlines() if "repeat " not in line
     ]
+    assert not any("Theorem 4" in name for name in table["columns"]["n_t=2"])
+    one = [f"--out={tmp_path / 'one'}" if "--out" in flag else flag.replace("limit=8", "limit=1") for flag in argv]
+    variance_run.main(one)
+    column = json.loads((tmp_path / "one" / "table.json").read_text())["columns"]["n_t=2"]
+    for left, name in (("error", "gradient error"), ("variance", "gradient variance")):
+        value = np.ravel(column[f"{name}: {EVERYTHING}"])[0]
+        assert 0 < value <= column[f"Theorem 4: bound of gradient {left}: {EVERYTHING}"]
+    assert column[f"budget by pair / equal: {EVERYTHING}"] == pytest.approx([1, 1, 1])
     with pytest.raises(SystemExit) as error:
         variance_run.main([*argv, "--beta=0.5"])
     assert "holds results with other beta=0.2" in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """Flags of a measurement, and every array that one process with the rows split over eight devices found."""
+    out = tmp_path_factory.mktemp("measured")
+    argv = [
+        f"--policy={SUDOKU}", f"--reference={SUDOKU}", f"--pairs=jsonl:{SUDOKU / 'pairs.jsonl.gz'}", "--template=plain",
+        "--no_eos", "--row_length=66", "--pairs_limit=8", "--batch_rows=8", "--repeats=2", "--truth=2", "--nested_t=3",
+        "--nested_yt=2", "--only_schemes", "--schemes=n_t=2,share_noise=no", "--no_plots",
+        "--dtype=float32",
+    ]  # fmt: skip
+    variance_run.main([*argv, f"--out={out}"])
+    return argv, arrays_in(out)
+
+
+def arrays_in(out):
+    return {(path.name, name): x for path in sorted(out.glob("batch*/*.npz")) for name, x in np.load(path).items()}
+
+
+def assert_measured_alike(found, expected):
+    assert found.keys() == expected.keys() and len(found) >= 13
+    for name, values in expected.items():
+        # Sums in another order, in float32; of a difference of two models that are the same nothing but those is left.
+        np.testing.assert_allclose(found[name], values, rtol=1e-3, atol=1e-4 * np.abs(values).max(), err_msg=str(name))
+
+
+@pytest.mark.slow
+def test_split_parameters_measure_the_same(measured, tmp_path):
+    argv, expected = measured
+    variance_run.main([*argv, f"--out={tmp_path}", "--fsdp=2", "--tensor=2"])
+    assert_measured_alike(arrays_in(tmp_path), expected)
+
+
+@pytest.mark.slow
+def test_two_processes_measure_the_same_and_one_writes(measured, tmp_path):
+    argv, expected = measured
+    launcher = [sys.executable, str(ROOT / "launch" / "local_cluster.py"), "--processes=2", "--devices=4", "--"]
+    command = [sys.executable, "-m", "llada_jax.variance", *argv, f"--out={tmp_path}", "--fsdp=4"]
+    for _ in range(2):  # the second finds all of it done
+        ended = subprocess.run([*launcher, *command], cwd=ROOT, capture_output=True, text=True, timeout=580)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        assert "[0] estimator" in ended.stdout and "[1] estimator" not in ended.stdout
+        assert_measured_alike(arrays_in(tmp_path), expected)
