@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llada_jax import convert, data, distributed, noise, state, steps, train
+from llada_jax import convert, data, distributed, noise, packing, state, steps, train
 from llada_jax import mesh as mesh_lib
 from llada_jax.batch import Batch
 from llada_jax.chips import CHIPS
@@ -30,7 +30,7 @@ class SyntheticRows(data.Rows):
         if row_length < 4 * self.num_segments:
             raise ValueError(f"data.row_length={row_length} holds no synthetic pair: at least {4 * self.num_segments}")
         samples, answers = count * per_row, count * int(self[0]["response_mask"].sum())
-        self.stats = data.Stats(row_length, samples, 0, 0, 0, samples, count, count * row_length, answers)
+        self.stats = packing.Stats(row_length, samples, 0, 0, 0, samples, count, count * row_length, answers)
 
     def __len__(self) -> int:
         return self._count
@@ -129,14 +129,15 @@ def rates(plan: Plan, seconds: float) -> dict:
     return result
 
 
-def peak_bytes(plan: Plan, compiled) -> tuple[int, str]:
-    """Peak memory of the fullest local device and where the figure is from; after a step was run."""
-    found = [d.memory_stats() for d in plan.mesh.local_devices]
-    if all(stats and "peak_bytes_in_use" in stats for stats in found):
-        return max(stats["peak_bytes_in_use"] for stats in found), "the device"
+def peak_bytes(devices: list, compiled) -> tuple[int, int | None]:
+    """Peak memory of (the step, this process) on a device: what the compiler planned, what the fullest device counted.
+
+    The process's includes making parameters and reference; None where a device does not count, as a CPU.
+    """
     m = compiled.memory_analysis()
-    total = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
-    return total, "the compiler"
+    planned = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
+    counted = [(d.memory_stats() or {}).get("peak_bytes_in_use") for d in devices]
+    return planned, None if None in counted else max(counted)
 
 
 def top_costs(folder: str, count: int = 5) -> list[tuple[str, float]]:
@@ -165,7 +166,8 @@ def run(config, workdir: str, count: int, profile: str) -> dict:
         if profile:
             with jax.profiler.trace(profile):
                 time_steps(compiled, work, 3, warmup=0)
-    peak, source = peak_bytes(plan, compiled)
+    of_step, of_process = peak_bytes(plan.mesh.local_devices, compiled)
+    counted = "" if of_process is None else f"; this process had {of_process / 2**30:.2f} at its peak, says the device"
     device = plan.mesh.devices.flat[0]
     used, why = plan.attention
     median = statistics.median(seconds)
@@ -179,15 +181,15 @@ def run(config, workdir: str, count: int, profile: str) -> dict:
         "step_seconds_all": seconds,
         **rates(plan, median),
         "passes": forward_passes(plan)[1],
-        "peak_bytes": peak,
-        "peak_bytes_from": source,
+        "step_peak_bytes": of_step,
+        "process_peak_bytes": of_process,
         "loss": found["loss"],
     }
     lines = [
         f"compile         {compile_seconds:.1f} s",
         f"step            {median:.4g} s (median of {count}, {min(seconds):.4g} to {max(seconds):.4g})",
         f"tokens          {result['tokens_per_second']:,.0f} a second",
-        f"memory          {peak / 2**30:.2f} GiB a device at its peak, says {source}",
+        f"memory          {of_step / 2**30:.2f} GiB a device for the step, says the compiler{counted}",
         f"attention       {used}: {why}",
     ]
     if result["mfu"] is None:

@@ -8,6 +8,7 @@ import statistics
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -103,8 +104,8 @@ def draw(response: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
     return masked, (lengths / counts)[..., None] * masked
 
 
-def losses(model, reference, rows, masked, weights, settings: steps.Preference) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss, gradient-free preference part) of a batch: equations 6 and 8 with the noise shared, and the SFT term."""
+def preference_loss(model, reference, rows, masked, weights, settings: steps.Preference) -> torch.Tensor:
+    """The loss of a batch: equations 6 and 8 with the noise shared, and the SFT term."""
     n, b, length = masked.shape
     tokens = rows["tokens"].expand(n, b, length).reshape(-1, length)
     inputs = tokens.masked_fill(masked.reshape(-1, length), model.config.mask_token_id)
@@ -122,7 +123,7 @@ def losses(model, reference, rows, masked, weights, settings: steps.Preference) 
     score = settings.beta * ((policy - frozen)[0::2] - (policy - frozen)[1::2])
     preference = -F.logsigmoid(score).mean()
     winner = (-policy / rows["response"].sum(-1))[0::2].mean()
-    return preference + settings.sft_weight * winner, preference.detach()
+    return preference + settings.sft_weight * winner
 
 
 class TorchStep:
@@ -137,12 +138,10 @@ class TorchStep:
         self.optimizer = torch.optim.AdamW(groups, lr=o.peak, betas=(o.b1, o.b2), eps=o.eps, fused=True)
         self.clip_norm = o.clip_norm
 
-    def loss(self, rows, masked, weights) -> torch.Tensor:
-        return losses(self.model, self.reference, rows, masked, weights, self.settings)[0]
-
     def __call__(self, rows):
         """One update with new noise."""
-        loss = self.loss(rows, *draw(rows["response"], self.settings.scheme.n))
+        noise = draw(rows["response"], self.settings.scheme.n)
+        loss = preference_loss(self.model, self.reference, rows, *noise, self.settings)
         self.optimizer.zero_grad()
         loss.backward()
         if self.clip_norm:
@@ -151,26 +150,31 @@ class TorchStep:
         return loss.item()
 
 
-def check_same_loss(plan, work: benchmark_step.Work, torch_step: TorchStep) -> dict[str, float]:
-    """Both losses at the masks that our step draws; ValueError where they differ by more than 1e-4 of ours."""
-    kwargs = {"model": plan.model, "settings": plan.settings, "num_segments": plan.num_segments}
+def check_same(plan, work: benchmark_step.Work, torch_step: TorchStep, update) -> dict[str, float]:
+    """Loss and norm of the gradient of both programs at the masks that `update`, our compiled step, draws.
 
-    def ours(params, batch, reference):
-        metrics, is_pair = steps.score_pairs(params, batch, steps.reference_terms(reference, batch, **kwargs), **kwargs)
-        loss = metrics["loss/preference"] + plan.settings.sft_weight * metrics["loss/sft"]
-        return (loss * is_pair).sum() / is_pair.sum()
-
+    Against a reference that is not the policy: while it is, the score is 0 whatever the noise. ValueError where they
+    differ by more than 1e-4 (the loss) and 1e-3 (the norm) of ours.
+    """
+    reference = jax.tree.map(lambda x: 1.05 * x, work.extra[0])
+    _, metrics = update(jax.tree.map(jnp.copy, work.state), work.batch, reference)  # the state is donated
     settings = plan.settings
     drawn = steps.draw(
         work.batch, settings.scheme, seed=settings.seed, stream=settings.stream, num_segments=plan.num_segments
     )
     rows, noise = unpack(work.batch, drawn.masked, drawn.weights)
+    frozen = TorchLLaDA(plan.model.config, jax.device_get(reference))
+    loss = preference_loss(torch_step.model, frozen, rows, *noise, settings)
+    gradient = torch.autograd.grad(loss, list(torch_step.model.parameters()))
     found = {
-        "loss_jax": float(jax.jit(ours)(work.state.params, work.batch, *work.extra)),
-        "loss_torch": torch_step.loss(rows, *noise).item(),
+        "loss_jax": float(metrics["loss"]),
+        "loss_torch": loss.item(),
+        "grad_norm_jax": float(metrics["grad_norm"]),
+        "grad_norm_torch": torch.nn.utils.get_total_norm(gradient).item(),
     }
-    if not np.isclose(*found.values(), rtol=1e-4, atol=0):
-        raise ValueError(f"the two programs do not compute the same loss on the same masks: {found}")
+    for name, tolerance in (("loss", 1e-4), ("grad_norm", 1e-3)):
+        if not np.isclose(found[f"{name}_torch"], found[f"{name}_jax"], rtol=tolerance, atol=0):
+            raise ValueError(f"the two programs do not compute the same {name} on the same masks: {found}")
     return found
 
 
@@ -215,8 +219,8 @@ def run(config, workdir: str, count: int) -> dict:
             (plan.model.config, jax.device_get(work.extra[0])),
             plan.settings,
         )
-        same = check_same_loss(plan, work, torch_step)
         compiled, compile_seconds = benchmark_step.compile_step(plan, work)
+        same = check_same(plan, work, torch_step, compiled)
         rows, _ = unpack(work.batch)
         ours, theirs = [], []
         for turn in range(count + 2):
@@ -242,6 +246,7 @@ def run(config, workdir: str, count: int) -> dict:
     for name, seconds in (("ours", ours), ("PyTorch", theirs)):
         spread = f"{min(seconds):.4g} to {max(seconds):.4g}"
         print(f"{name:<15} {statistics.median(seconds):.4g} s a step (median of {count}, in turns; {spread})")
-    print(f"same masks      loss {same['loss_jax']:.6f} and {same['loss_torch']:.6f}")
+    norms = f"{same['grad_norm_jax']:.6f} and {same['grad_norm_torch']:.6f}"
+    print(f"same masks      loss {same['loss_jax']:.6f} and {same['loss_torch']:.6f}, norm of the gradient {norms}")
     print(f"ratio           {result['ratio']:.2f} times PyTorch's speed ({result['threads']} threads)")
     return result

@@ -149,16 +149,21 @@ def report(plan: Plan, name: str, chip: Chip, compiled, seconds: float) -> dict:
     passes, why = forward_passes(plan)
     flops = passes * pass_flops(plan)
     collectives = program.collective_bytes()
+    slices = chips // program.num_partitions  # the program is that of one slice
+    crossings, crossed = program.between_slices(slices)
     times = {
         "compute": flops / chips / chip.bf16_flops,
         "memory": program.hbm_bytes() / chip.hbm_bandwidth,
         "interconnect": sum(sent for _, sent in collectives.values()) / chip.ici_bandwidth,
     }
+    if slices > 1 and chip.dcn_bandwidth:
+        times["between slices"] = crossed / chip.dcn_bandwidth
     binds = max(times, key=times.get)
     return {
         "topology": name,
         "chip": chip.name,
         "chips": chips,
+        "slices": slices,
         "mesh": dict(plan.mesh.shape),
         "objective": c.objective,
         "batch_rows": c.data.batch_rows,
@@ -174,6 +179,7 @@ def report(plan: Plan, name: str, chip: Chip, compiled, seconds: float) -> dict:
             "share": total / chip.hbm_bytes,
         },
         "collectives": {kind: {"calls": calls, "bytes": sent} for kind, (calls, sent) in collectives.items()},
+        "between_slices": {"calls": crossings, "bytes": crossed},
         "flops": flops,
         "passes": f"{passes}: {why}",
         "implied_seconds": times,
@@ -188,15 +194,21 @@ def _lines(found: dict) -> str:
         f"{kind} {x['calls']:,} times, {x['bytes'] / GIB:.2f} GiB" for kind, x in found["collectives"].items()
     )
     mesh = ", ".join(f"{axis}={size}" for axis, size in found["mesh"].items())
+    slices, between = "", []
+    if found["slices"] > 1:
+        crossing, slices = found["between_slices"], f"{found['slices']} slices of "
+        took = f"{times['between slices']:.2f} s" if "between slices" in times else "at a rate that is not published"
+        between = [f"between slices  {crossing['calls']:,} times, {crossing['bytes'] / GIB:.2f} GiB, {took}"]
     return "\n".join(
         [
-            f"chips           {found['chips']} x {found['chip']} ({found['topology']}), {mesh}",
+            f"chips           {found['chips']} x {found['chip']} ({slices}{found['topology']}), {mesh}",
             f"work            {found['objective']}, {found['batch_rows']} rows x {found['row_length']}, "
             f"{found['draws']} draws, {found['mc_chunk']} at a time, {found['attention']} attention",
             f"compile         {found['compile_seconds']:.0f} s",
             f"memory a chip   {memory['total'] / GIB:.2f} GiB, {memory['share']:.0%} of its HBM: arguments "
             f"{memory['arguments'] / GIB:.2f}, temporaries {memory['temporaries'] / GIB:.2f}",
             f"collectives     {collectives or 'none'} (sent by a chip in a step)",
+            *between,
             f"FLOPs a step    {found['flops']:.3g} by formula ({found['passes']})",
             f"step time       at peak rates: compute {times['compute']:.2f} s, memory {times['memory']:.2f} s, "
             f"interconnect {times['interconnect']:.2f} s; {found['binds']} binds, "
@@ -220,9 +232,7 @@ def main(argv):
 
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "GENERATION:AxB[xC] of one slice, e.g. v5p:2x2x4, v6e:4x4, v5e:8x8.")
-_SLICES = flags.DEFINE_integer(
-    "slices", 1, "Slices of that topology; the traffic between them is counted at the rate within one."
-)
+_SLICES = flags.DEFINE_integer("slices", 1, "Slices of that topology, with the data-center network between them.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON.")
 
 if __name__ == "__main__":

@@ -134,24 +134,27 @@ class Program:
         return -(-bound // max((s for s in steps if s), default=1))
 
     def collectives(self) -> Iterator[tuple[str, Instruction, int]]:
-        """(kind, instruction, how often it runs); one that is split into start and done is met once."""
+        """(kind, instruction, how often it runs); one that is split into start and done is met once.
+
+        An all-reduce of which each device keeps a part, as the TPU compiler fuses them, is a reduce-scatter.
+        """
         for name, count in self.times.items():
             seen = set()
-            for instruction in self._with_fused(name):
-                kind = instruction.opcode.removesuffix("-start")
-                channel = instruction.attribute("channel_id")
-                if kind in COLLECTIVES and (channel is None or channel not in seen):
+            for scope, instruction in self._with_fused(name):
+                opcode = instruction.opcode.removesuffix("-start")
+                channel = opcode, instruction.attribute("channel_id")
+                if opcode in COLLECTIVES and (channel[1] is None or channel not in seen):
                     seen.add(channel)
-                    yield kind, instruction, count
+                    yield "reduce-scatter" if scope.startswith("all-reduce-scatter") else opcode, instruction, count
 
-    def _with_fused(self, name: str) -> Iterator[Instruction]:
+    def _with_fused(self, name: str) -> Iterator[tuple[str, Instruction]]:
         for instruction in self.computations[name].values():
-            yield instruction
+            yield name, instruction
             if instruction.opcode in ("fusion", "async-start"):
                 yield from self._with_fused(instruction.attribute("calls"))
 
     def collective_bytes(self) -> dict[str, tuple[int, int]]:
-        """{kind: (calls, bytes)} of one device in one call of the program; bytes that a device sends.
+        """{kind: (calls, bytes)} of one device in one call of the program; bytes that a device sends within its slice.
 
         A ring over k devices sends (k - 1) / k of what is gathered or scattered, and twice that for an all-reduce.
         """
@@ -165,10 +168,32 @@ class Program:
             if kind != "collective-permute":
                 group = self.group_size(instruction)
                 ring = (group - 1) / group
-                share = {"all-reduce": 2 * ring, "reduce-scatter": group * ring}.get(kind, ring)
+                if kind == "all-reduce":
+                    share = 2 * ring
+                else:  # a reduce-scatter by name gives the part that is kept, one made of an all-reduce the whole
+                    share = group * ring if instruction.opcode.startswith("reduce-scatter") else ring
             calls, sent = total.get(kind, (0, 0))
             total[kind] = calls + count, sent + int(size * share) * count
         return total
+
+    def between_slices(self, slices: int) -> tuple[int, int]:
+        """(transfers, bytes) that a device sends to others than its slice in one call, by rings over `slices` slices.
+
+        The TPU compiler makes the program of one slice: what crosses is in no replica group, but handed, whole, to its
+        runtime by `send`. ValueError for a form that is not known.
+        """
+        ring = (slices - 1) / slices
+        shares = {"ALL_REDUCE": 2 * ring, "ALL_GATHER": slices - 1, "REDUCE_SCATTER": ring, "ALL_TO_ALL": ring}
+        calls = sent = 0
+        for name, count in self.times.items():
+            for instruction in self.computations[name].values():
+                form = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.text)
+                if instruction.opcode == "send" and form:
+                    if form.group(1) not in shares:
+                        raise ValueError(f"unknown transfer between slices, {form.group(1)}, in {instruction.name}")
+                    calls += count
+                    sent += int(instruction.shapes[0].nbytes * shares[form.group(1)]) * count
+        return calls, sent
 
     def hbm_bytes(self) -> int:
         """Main-memory traffic of one call: what every instruction outside fusions reads and writes, loops included.
@@ -195,6 +220,8 @@ class Program:
             return 2 * written
         if opcode == "dynamic-update-slice":
             return 2 * sizes[1]
+        if opcode == "send":  # its result names what it reads
+            return sizes[0]
         if opcode == "fusion":
             written, sizes = self._fusion_traffic(instruction, written, sizes)
         return written + sum(sizes)

@@ -101,14 +101,20 @@ def test_a_model_for_splash_is_made_like_any():
 
 def test_cudnn_is_wired_like_xla(monkeypatch):
     """Vmapped draws become rows, gradients come back: with the kernel itself (which needs a GPU) replaced by XLA's."""
-    plain = jax.nn.dot_product_attention
-    monkeypatch.setattr(
-        jax.nn, "dot_product_attention", lambda *x, implementation, **kwargs: plain(*x, implementation="xla", **kwargs)
-    )
+    plain, rows = jax.nn.dot_product_attention, set()
+
+    def kernel(query, *rest, implementation, **kwargs):
+        rows.add(len(query))
+        return plain(query, *rest, implementation="xla", **kwargs)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
     monkeypatch.setattr(attention, "choose", lambda name, *_, **__: (name, "asked for"))
     inputs, kwargs = make_inputs(), {"segment_ids": jnp.asarray(SEGMENTS)}
+    kwargs["attention_mask"] = jnp.broadcast_to(jnp.asarray(SEEN), SEGMENTS.shape)
     expected = outputs_and_gradients("xla", inputs, **kwargs)
+    rows.clear()
     assert_close(outputs_and_gradients("cudnn", inputs, **kwargs), expected)
+    assert 3 * 2 in rows, "the kernel sees draws as rows, not as an axis that JAX batches"
     assert_close(outputs_and_gradients("cudnn", inputs), outputs_and_gradients("xla", inputs))
 
 

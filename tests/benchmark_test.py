@@ -1,10 +1,12 @@
 """The benchmarks: what they measure is what train.py runs, and what they count is closed form or counted by hand."""
 
+import dataclasses
 import json
 import os
 import pathlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -71,6 +73,18 @@ def test_utilisation_is_the_formula(monkeypatch, tmp_path):
     assert found["mfu"] == pytest.approx(4 / 8) and found["hfu"] == pytest.approx(6 / 8)
 
 
+def test_memory_of_the_step_and_of_the_process():
+    """By hand: two arrays come, one goes where the first lay; devices count more, or nothing at all."""
+    size = dict(argument_size_in_bytes=8, output_size_in_bytes=4, temp_size_in_bytes=3, alias_size_in_bytes=4)
+    compiled = SimpleNamespace(memory_analysis=lambda: SimpleNamespace(**size))
+
+    def on(*stats):
+        return [SimpleNamespace(memory_stats=lambda x=x: x) for x in stats]
+
+    assert benchmark_step.peak_bytes(on({"peak_bytes_in_use": 20}, {"peak_bytes_in_use": 30}), compiled) == (11, 30)
+    assert benchmark_step.peak_bytes(on(None, {"peak_bytes_in_use": 30}), compiled) == (11, None)
+
+
 def test_top_costs_of_a_profile(tmp_path, monkeypatch):
     """Events as XLA names them, by hand: a GPU's streams add up; without an accelerator there is nothing to rank."""
 
@@ -135,43 +149,71 @@ def test_load_as_a_command(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["load.json"]  # the checkpoint is gone
 
 
-@pytest.mark.slow
-def test_pytorch_computes_the_same_loss_and_gradient(tmp_path):
-    """Our step on packed rows against the PyTorch loop on padded ones, at the same masks; and its own draws."""
-    torch = pytest.importorskip("torch", reason="PyTorch (the extra benchmark) is not installed")
-    from llada_jax import benchmark_torch, steps
+@pytest.fixture(scope="module")
+def beside_pytorch(tmp_path_factory):
+    """(plan, work, PyTorch step, our compiled step) of the Sudoku benchmark, made smaller."""
+    pytest.importorskip("torch", reason="PyTorch (the extra benchmark) is not installed")
+    from llada_jax import benchmark_torch
 
     c = vrpo_sudoku.get_config()
     c.data.batch_rows, c.vrpo.n_t, c.model.unroll = 8, 2, 1
-    prepared = benchmark_step.prepare(c, str(tmp_path))
+    prepared = benchmark_step.prepare(c, str(tmp_path_factory.mktemp("work")))
     with prepared.parallel.use():
         work = benchmark_step.make_work(prepared)
-        # Away from the reference, or the score and half of the gradient would be 0.
-        params = jax.tree.map(lambda x: x * 1.05, work.state.params)
-        work.state = work.state.replace(params=params)
-        torch_step = benchmark_torch.TorchStep(
-            c, (prepared.model.config, params), (prepared.model.config, work.extra[0]), prepared.settings
-        )
-        found = benchmark_torch.check_same_loss(prepared, work, torch_step)
-        assert abs(found["loss_jax"] - found["loss_torch"]) < 1e-4 * found["loss_jax"]
-        _, metrics = jax.jit(
-            lambda s, b, r: steps.vrpo_step(
-                s, b, r, model=prepared.model, tx=prepared.tx, settings=prepared.settings,
-                num_segments=prepared.num_segments,
-            )
-        )(work.state, work.batch, *work.extra)  # fmt: skip
-        drawn = steps.draw(
-            work.batch, prepared.settings.scheme, seed=c.seed, stream="policy", num_segments=prepared.num_segments
-        )
-    assert float(metrics["loss"]) == pytest.approx(found["loss_torch"], rel=1e-4)
-    rows, noise = benchmark_torch.unpack(work.batch, drawn.masked, drawn.weights)
-    torch_step.loss(rows, *noise).backward()
-    norm = torch.nn.utils.get_total_norm([p.grad for p in torch_step.model.parameters()])
-    assert float(norm) == pytest.approx(float(metrics["grad_norm"]), rel=1e-3)
-    masked, weights = benchmark_torch.draw(rows["response"], 64)
-    assert not (masked & ~rows["response"]).any()
+        trees = [(prepared.model.config, jax.device_get(tree)) for tree in (work.state.params, work.extra[0])]
+        torch_step = benchmark_torch.TorchStep(c, *trees, prepared.settings)
+        return prepared, work, torch_step, benchmark_step.compile_step(prepared, work)[0]
+
+
+@pytest.mark.slow
+def test_pytorch_computes_the_same_loss_and_gradient(beside_pytorch):
+    """Our step on packed rows against the PyTorch loop on padded ones, at the same masks; the state is left alone."""
+    from llada_jax import benchmark_torch
+
+    before = jax.device_get(beside_pytorch[1].state)
+    found = benchmark_torch.check_same(*beside_pytorch)
+    assert found["loss_torch"] == pytest.approx(found["loss_jax"], rel=1e-4)
+    assert found["grad_norm_torch"] == pytest.approx(found["grad_norm_jax"], rel=1e-3)
+    assert abs(found["loss_jax"] - np.log(2) - 0.05 * np.log(12)) > 0.01, "the score is not 0"
+    jax.tree.map(np.testing.assert_array_equal, before, beside_pytorch[1].state)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutation", ["loser first", "draws apart", "beta", "weights", "sft_weight", "no reference"])
+def test_another_loss_is_not_the_same(beside_pytorch, mutation, monkeypatch):
+    from llada_jax import benchmark_torch
+
+    right = benchmark_torch.preference_loss
+
+    def wrong(model, reference, rows, masked, weights, settings):
+        if mutation == "loser first":
+            swap = lambda x: x.unflatten(-2, (-1, 2)).flip(-2).flatten(-3, -2)
+            rows, masked, weights = {name: swap(x) for name, x in rows.items()}, swap(masked), swap(weights)
+        elif mutation == "draws apart":
+            masked = masked.roll(1, 0)
+        elif mutation == "weights":
+            weights = masked.float()
+        elif mutation == "no reference":
+            reference = model
+        else:
+            settings = dataclasses.replace(settings, **{mutation: 1.01 * getattr(settings, mutation)})
+        return right(model, reference, rows, masked, weights, settings)
+
+    monkeypatch.setattr(benchmark_torch, "preference_loss", wrong)
+    with pytest.raises(ValueError, match="do not compute the same (loss|grad_norm) on the same masks"):
+        benchmark_torch.check_same(*beside_pytorch)
+
+
+@pytest.mark.slow
+def test_pytorch_draws_masks_by_the_paper():
+    torch = pytest.importorskip("torch", reason="PyTorch (the extra benchmark) is not installed")
+    from llada_jax import benchmark_torch
+
+    response = torch.arange(24).expand(8, 24) >= 8
+    masked, weights = benchmark_torch.draw(response, 64)
+    assert not (masked & ~response).any()
     count = masked.sum(-1, keepdim=True)
-    assert count.min() >= 1 and torch.allclose(weights.sum(-1), rows["response"].sum(-1).float().expand(64, -1))
+    assert count.min() >= 1 and torch.allclose(weights.sum(-1), response.sum(-1).float().expand(64, -1))
     assert count.float().mean() == pytest.approx(8.5, abs=0.5)  # uniform on 1 .. 16
 
 

@@ -105,6 +105,29 @@ def test_data_crosses_slices_and_nothing_else_does(topology):
         mesh.make_mesh(1, -1, 1, devices)
 
 
+@pytest.mark.slow
+def test_the_gradient_crosses_slices_once(topology):
+    """By hand: of every float32 parameter each chip sends the part of its slice that it holds, and little else."""
+    from configs import base
+
+    c = base.get_config()
+    c.objective, c.model.dtype = "sft", "float32"
+    c.model.arch = dict(d_model=256, n_heads=4, n_layers=2, mlp_hidden_size=512, vocab_size=1024, mask_token_id=3)
+    c.data.row_length, c.data.batch_rows = 128, 8
+    c.mesh.data, c.mesh.fsdp = 2, 4
+    devices, chip = compile_lib.topology("v5e:2x2", slices=2)
+    plan = compile_lib.plan_for(c.lock(), devices)
+    found = compile_lib.report(plan, "v5e:2x2", chip, *compile_lib.compile_step(plan))
+    params = jax.tree.leaves(compile_lib.make_abstract(plan)[0].params)
+    held = sum(np.prod(x.sharding.shard_shape(x.shape)) * 4 for x in params)
+    assert held <= found["between_slices"]["bytes"] < 1.2 * held
+    # Two NICs of 100 Gbit/s for a host of eight chips.
+    took = found["between_slices"]["bytes"] / (2 * 100e9 / 8 / 8)
+    assert found["implied_seconds"]["between slices"] == pytest.approx(took) and found["binds"] == "between slices"
+    lines = compile_lib._lines(found)
+    assert "8 x TPU v5e (2 slices of v5e:2x2)" in lines and "\nbetween slices  " in lines
+
+
 @pytest.mark.parametrize("name", ["v9:2x2", "v5p", "v5p:2by2", "H100:2x2"])
 def test_an_unknown_topology_is_an_error(name):
     with pytest.raises(ValueError, match="is not GENERATION:AxB"):
@@ -161,6 +184,59 @@ ENTRY %main (a: f32[8,4]) -> (s32[], f32[8,4]) {
 """
 
 
+CALLS = """HloModule m
+
+%row (a: f32[8,4], r: f32[1,4], i: s32[]) -> f32[8,4] {
+  %a = f32[8,4]{1,0} parameter(0)
+  %r = f32[1,4]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %update = f32[8,4]{1,0} dynamic-update-slice(%a, %r, %i, %i)
+}
+
+%called (x: f32[8,4], y: f32[1,4], j: s32[]) -> f32[8,4] {
+  %x = f32[8,4]{1,0} parameter(0)
+  %y = f32[1,4]{1,0} parameter(1)
+  %j = s32[] parameter(2)
+  %send = (f32[1,4]{1,0}, u32[], token[]) send(%y, %j), frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  ROOT %written = f32[8,4]{1,0} dynamic-update-slice(%x, %y, %j, %j)
+}
+
+%fusing (u: f32[8,4], v: f32[1,4], k: s32[]) -> f32[8,4] {
+  %u = f32[8,4]{1,0} parameter(0)
+  %v = f32[1,4]{1,0} parameter(1)
+  %k = s32[] parameter(2)
+  ROOT %fused = f32[8,4]{1,0} fusion(%u, %v, %k), kind=kLoop, calls=%row
+}
+
+%body (b: f32[8,4]) -> f32[8,4] {
+  %b = f32[8,4]{1,0} parameter(0)
+  ROOT %once = f32[8,4]{1,0} call(%b, %b, %b), to_apply=%called
+}
+
+%condition (c: f32[8,4]) -> pred[] {
+  %c = f32[8,4]{1,0} parameter(0)
+  ROOT %never = pred[] constant(false)
+}
+
+ENTRY %main (s: f32[8,4], t: f32[1,4], n: s32[]) -> f32[8,4] {
+  %s = f32[8,4]{1,0} parameter(0)
+  %t = f32[1,4]{1,0} parameter(1)
+  %n = s32[] parameter(2)
+  %loop = f32[8,4]{1,0} while(%s), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %either = f32[8,4]{1,0} conditional(%n, %s, %s), branch_computations={%called, %fusing}
+}
+"""
+
+
+def test_calls_branches_and_updates_in_place():
+    """Counted by hand: the loop runs three times; of a choice, both branches count."""
+    program = hlo.Program(CALLS)
+    assert program.times == {"main": 1, "body": 3, "called": 4, "fusing": 1}
+    assert program.between_slices(2) == (4, 4 * 16)
+    # A send reads its row; an update reads and writes a row, and fused it reads that and the number besides.
+    assert program.hbm_bytes() == 4 * (16 + 2 * 16) + (2 * 16 + 16 + 4)
+
+
 @pytest.mark.parametrize(
     "groups, size",
     [
@@ -175,6 +251,56 @@ def test_groups_of_a_collective(groups, size):
     text = PROGRAM.replace("replica_groups=[2,4]<=[8]", f"replica_groups={groups}")
     gather = next(i for kind, i, _ in hlo.Program(text).collectives() if kind == "all-gather")
     assert hlo.Program(text).group_size(gather) == size
+
+
+SLICE = """HloModule m, num_partitions=4
+
+%all-reduce-scatter.1 (p: f32[16]) -> f32[4] {
+  %p = f32[16]{0} parameter(0)
+  %sum = f32[16]{0} all-reduce(%p), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %part = f32[4]{0} dynamic-slice(%sum, %id), dynamic_slice_sizes={4}
+}
+
+ENTRY %main (a: f32[16]) -> f32[16] {
+  %a = f32[16]{0} parameter(0)
+  %part = f32[4]{0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1
+  %token = token[] after-all()
+  %send = (f32[4]{0}, u32[], token[]) send(%part, %token), channel_id=2, is_host_transfer=true, frontend_attributes={\
+_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_target="{1,2}x{0:3}",\
+_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv = (f32[4]{0}, u32[], token[]) recv(%token), channel_id=3, is_host_transfer=true, frontend_attributes={\
+_xla_megascale_transfer_type="ALL_REDUCE"}
+  %sent = token[] send-done(%send), channel_id=2
+  %got = (f32[4]{0}, token[]) recv-done(%recv), channel_id=3
+  %whole = f32[4]{0} get-tuple-element(%got), index=0
+  ROOT %all = f32[16]{0} all-gather(%whole), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "form, slices, sent",
+    [
+        ("ALL_REDUCE", 2, 16),
+        ("ALL_REDUCE", 4, 24),
+        ("ALL_GATHER", 4, 48),
+        ("REDUCE_SCATTER", 4, 12),
+        ("ALL_TO_ALL", 2, 8),
+    ],
+)
+def test_what_crosses_slices(form, slices, sent):
+    """Counted by hand: four floats, by rings; the collectives within the slice are those of its four chips."""
+    program = hlo.Program(SLICE.replace("ALL_REDUCE", form))
+    assert program.between_slices(slices) == (1, sent)
+    # The all-reduce of which a quarter is kept is a reduce-scatter; that it shares a channel number means nothing.
+    assert program.collective_bytes() == {"reduce-scatter": (1, 64 * 3 // 4), "all-gather": (1, 64 * 3 // 4)}
+    # The fusion reads 64 bytes and writes 16, 16 are sent and 16 (and a number) received, 16 are read, 64 written.
+    assert program.hbm_bytes() == 64 + 16 + 16 + (16 + 4) + 16 + 64
+
+
+def test_a_transfer_that_is_not_known_is_an_error():
+    with pytest.raises(ValueError, match="unknown transfer between slices, GOSSIP, in send"):
+        hlo.Program(SLICE.replace("ALL_REDUCE", "GOSSIP")).between_slices(2)
 
 
 def test_reading_a_program():

@@ -27,9 +27,18 @@ def test_sizes_that_do_not_fit_are_one_line(sizes):
 def test_parameters_and_moments_are_sharded_by_the_rules_and_made_where_they_live():
     m = mesh.make_mesh(2, 2, 2)
     made = state.init_state(MODEL, TX, m, jax.random.key(0))
-    kernel = made.params["blocks"]["ff_proj"]["kernel"]
-    assert kernel.sharding.spec == P(None, "fsdp", "tensor") and kernel.addressable_shards[0].data.shape == (2, 8, 12)
+    blocks = made.params["blocks"]
+    kernel = blocks["ff_proj"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (2, 8, 12)
+    # d_model over fsdp, everything else over tensor, layers and scales over nothing.
+    for names, spec in (
+        ("q_proj k_proj v_proj ff_proj up_proj", P(None, "fsdp", "tensor")),
+        ("attn_out ff_out", P(None, "tensor", "fsdp")),
+    ):
+        assert {blocks[name]["kernel"].sharding.spec for name in names.split()} == {spec}
     assert made.params["wte"]["embedding"].sharding.spec == P("tensor", "fsdp")
+    assert made.params["ff_out"]["kernel"].sharding.spec == P("fsdp", "tensor")
+    assert all(x.sharding.is_fully_replicated for x in (made.params["ln_f"]["scale"], blocks["attn_norm"]["scale"]))
     moments = jax.tree.leaves(made.opt_state)
     assert sum(x.shape == kernel.shape and x.sharding == kernel.sharding for x in moments) >= 2
     abstract = state.abstract_state(MODEL, TX, m)

@@ -185,8 +185,9 @@ def test_hosts_load_the_rows_that_their_devices_hold(sizes, size, expected, monk
     assert found == expected
 
 
-def test_rows_that_overlap_in_part_are_one_line(monkeypatch):
-    # Hosts of three devices: the second holds half of the first pair's and half of the second pair's rows.
+@pytest.mark.parametrize("pairs", [3, 4])  # shares of one size, and of two
+def test_rows_that_overlap_in_part_are_one_line(pairs, monkeypatch):
+    # Hosts of three devices: the second holds the rows of one of the first's, and others.
     with pytest.raises(ValueError, match="rows that overlap in part: let mesh.tensor divide") as e:
-        Hosts("mesh", mesh.make_mesh(4, 1, 2)).seen_from(monkeypatch, 0, 3)
+        Hosts("mesh", mesh.make_mesh(pairs, 1, 2, jax.devices()[: 2 * pairs])).seen_from(monkeypatch, 0, 3)
     assert "\n" not in str(e.value)
