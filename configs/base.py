@@ -86,7 +86,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.eval.every = 0  # steps; 0: at the start and the end only
     c.eval.batch_rows = 0  # 0: as many as go through the model together in training
     c.eval.n_t = 0  # draws for the held-out metrics, noise shared; 0: 8
-    c.eval.variance_repeats = 0  # vrpo: measure the score's variance by so many estimates and its V_t, V_yt; 0: off
+    c.eval.variance_repeats = 0  # vrpo: score variance, V_t, V_yt by >= 3 repeats of 2 n + 4 forward passes; 0: off
     c.eval.seconds_between_lines = 10.0  # progress, where there is no terminal
 
     c.solve = ml_collections.ConfigDict()  # generate for held-out prompts and score the responses

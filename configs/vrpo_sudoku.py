@@ -9,7 +9,7 @@ n = 8 draws, noise shared, as published. Naive DPO, for comparison, is
 
 The denoising loss on the winner weighs far more than the published 0.05, with which the winner's likelihood goes down
 together with the loser's. It alone (`--config.vrpo.beta=1e-6`) solves as many puzzles: see the README.
-140 steps of 32 pairs take about three and a half minutes on two CPU cores; expect 57 % -> 76 % of 500 held-out puzzles
+140 steps of 32 pairs take about three minutes on two CPU cores; expect 57 % -> 76 % of 500 held-out puzzles
 solved, and 59 % by naive DPO.
 """
 

@@ -56,7 +56,7 @@ class Estimate:
 
     value: Float32[Array, " b"]
     terms: Float32[Array, "t y b"]
-    stderr: Float32[Array, " b"]  # of value where `error_is_known`, else what `standard_error` makes of the terms
+    stderr: Float32[Array, " b"]  # of value; nan where its own terms do not tell it (`error_is_known`)
 
 
 def estimate_elbo(
@@ -92,7 +92,8 @@ def estimate_elbo(
 
     terms = _in_chunks(terms_of, (drawn.masked, drawn.weights), chunk, scheme.n)
     terms = terms.reshape(n_t, n_yt, -1)
-    return Estimate(terms.mean((0, 1)), terms, standard_error(terms))
+    value = terms.mean((0, 1))
+    return Estimate(value, terms, standard_error(terms) if error_is_known(scheme) else jnp.full_like(value, jnp.nan))
 
 
 def exact_elbo(
@@ -160,8 +161,8 @@ def packed_terms(
 def standard_error(terms: Float[Array, "t y *b"]) -> Float[Array, "*b"]:
     """Of the mean over all n_t x n_yt terms, from the spread of the n_t means; nan where n_t = 1.
 
-    True where the draws at different times are independent and alike (`error_is_known`). Spread or coupled times and
-    masks make the mean vary less than that as a rule, leave_one_out weights less or more: measure by repeats.
+    True where the draws at different times are independent and alike (`error_is_known`); for others it may be tens of
+    times too large, or too small: measure by repeats.
     """
     n_t = terms.shape[0]
     means = terms.mean(axis=1)

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int, Key
 
+FORMAT = 2  # part of what a run may not change: raise it when a scheme and key draw or weigh otherwise than before
+
 # One number a purpose, so that no two share random bits.
 STREAMS = {"policy": 0, "reference": 1, "evaluate": 2, "crop": 3, "init": 4}
 
@@ -86,9 +88,9 @@ def importance_times(u: Float32[Array, "t s"], lengths: Int[Array, " s"]) -> Tim
     """Stratified draws of l with P(l) = sqrt(l / L) - sqrt((l - 1) / L), about 1 / (2 sqrt(l L)): small l more often.
 
     A term's variance goes about as 1 / l, and its square root is the best density. ratio = (1 / L) / P(l) makes the
-    weighted count uniform. What the ratios of the other times lack of their means is added to each: its mean is 0, and
-    all then add up to n_t, so that the whole ELBO is not weighed by chance. For masks by count only: t is the middle
-    of its l.
+    weighted count uniform. To each is added the mean of what the ratios of the other times lack of their expectations:
+    that has mean 0, and for n_t > 1 all add up to n_t, so that the whole ELBO is not weighed by chance. A ratio may
+    be below 0 where n_t is 2 or 3. For masks by count only: t is the middle of its l.
     """
     n = u.shape[0]
     length = jnp.maximum(lengths, 1).astype(jnp.float32)
@@ -216,10 +218,9 @@ def balanced_weights(draws: Draws, pseudo_count: float) -> Float32[Array, "n l"]
     add up to the draw's ratio_j inverse_j |m_j|.
     """
     plain, masked = plain_weights(draws, pseudo_count), draws.masked.astype(jnp.float32)
-    inside = jax.nn.one_hot(draws.segments.index, draws.segments.lengths.size)
     shrunk = masked / (pseudo_count + masked.sum(0))
-    highest = jax.lax.Precision.HIGHEST
-    overlap = jnp.einsum("jl,kl,ls->sjk", masked, shrunk, inside, precision=highest)
+    products = (masked[:, None] * shrunk).reshape(-1, masked.shape[1])
+    overlap = _of_segments(products, draws.segments).T.reshape(-1, len(plain), len(plain))
     sizes = jnp.maximum(_of_segments(masked, draws.segments), 1).T
     total = _of_segments(draws.ratio, draws.segments).sum(0) / jnp.maximum(draws.segments.lengths, 1)
     right = _of_segments(plain, draws.segments).T - total[:, None] * _of_segments(shrunk, draws.segments).T
@@ -307,6 +308,8 @@ class Scheme:
                 f"pseudo_count={self.pseudo_count}, weights={self.weights!r}: pseudo_count is at least 0, and 0 "
                 "unless weights='leave_one_out' or 'balanced'"
             )
+        if self.times == "importance" and self.weights == "self_normalised":
+            raise ValueError("weights='self_normalised' divides by ratios that may be 0 for times='importance'")
         if self.weights == "balanced" and not self.pseudo_count:
             raise ValueError("weights='balanced' needs pseudo_count above 0, for example 1")
         if self.weights == "leave_one_out" and not self._independent().any():
@@ -431,8 +434,8 @@ def _places_in_pair(segments: Segments) -> Int[Array, " l"]:
 
 def _of_segments(values: Float32[Array, "n l"], segments: Segments) -> Float32[Array, "n s"]:
     """Sums over the response tokens of each segment."""
-    inside = segments.index[:, None] == jnp.arange(segments.lengths.size)
-    return jnp.sum(jnp.where(inside, values[..., None], 0), axis=1)
+    sums = jax.ops.segment_sum(values.T, segments.index, segments.lengths.size + 1)
+    return sums[:-1].T
 
 
 def _per_token(values: Array, segments: Segments) -> Array:

@@ -56,6 +56,8 @@ def model_terms(
         return model.apply({"params": params}, *arrays, method="token_logps")
 
     def draws_as_rows(count, batched, params, *arrays):
+        if any(jax.tree.leaves(batched[0])):
+            raise NotImplementedError("model_terms under a vmap over parameters: use jax.lax.map")
         # The vmapped draws of a row become neighbouring rows: one product has one axis of positions, where XLA's CPU
         # backend would transpose for the gradient of two. Rows stay outermost, as they are sharded.
         arrays = [

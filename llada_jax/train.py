@@ -61,7 +61,7 @@ def _train(plan: Plan, saved: checkpoint.Checkpoints, stop: distributed.Stop) ->
     # What a run may not change in the middle.
     identity = {
         "data": plan.rows.fingerprint,
-        "settings of the loss, its noise or the seed": repr(plan.settings),
+        "settings of the loss, its noise or the seed": f"{plan.settings}, noise {noise.FORMAT}",
         "reference policy": policy_reference.fingerprint if policy_reference else "",
     }
     if restored is not None and (changed := [k for k, v in identity.items() if extra["identity"].get(k) != v]):
@@ -206,7 +206,7 @@ class _Reference:
             {
                 "reference": self.fingerprint,
                 "rows": rows.fingerprint,
-                "settings": repr((noise_settings, plan.model, plan.num_segments)),
+                "settings": repr((noise_settings, noise.FORMAT, plan.model, plan.num_segments)),
             },
             num_rows=len(rows),
             epochs=epochs,

@@ -167,44 +167,51 @@ class Problem:
         winners = jnp.arange(1, self.num_segments, 2)
         return jnp.any((batch.segment_ids[..., None] == winners) & batch.response_mask[..., None], axis=1)
 
-    def loss(self, params: Any, reference: Any, batch: Any, epoch: Array, estimator: Estimator):
-        """The mean preference loss of the batch's pairs, and the ELBOs [r, s] of policy and reference."""
+    def sums(self, params: Any, reference: Any, batch: Any, epoch: Array, estimator: Estimator):
+        """The mean preference loss of the batch's pairs, the sum of their scores, ELBOs [2, r, s] of both models."""
         drawn = self.draw(batch, estimator.scheme, epoch, "evaluate")
         other = drawn if estimator.share_noise else self.draw(batch, estimator.scheme, epoch, "reference")
         policy = self.terms_fn(params, batch, drawn).mean(0)
         frozen = jax.lax.stop_gradient(self.terms_fn(reference, batch, other).mean(0))
-        loss, _ = losses.preference_loss(
+        loss, metrics = losses.preference_loss(
             policy[:, 0::2], policy[:, 1::2], frozen[:, 0::2], frozen[:, 1::2], beta=self.beta
         )
         pairs = self.is_pair(batch)
-        return jnp.sum(jnp.where(pairs, loss, 0)) / jnp.maximum(pairs.sum(), 1), (policy, frozen)
+        loss, score = (jnp.sum(jnp.where(pairs, x, 0)) for x in (loss, metrics["rewards/margins"]))
+        return loss / jnp.maximum(pairs.sum(), 1), score, jnp.stack([policy, frozen])
 
     def estimate(self, params: Any, reference: Any, batch: Any, epoch: Array, estimator: Estimator):
-        """(gradient, ELBOs of policy and reference [2, r, s]); the gradient is None where none is asked for."""
+        """(gradients, ELBOs of policy and reference [2, r, s]); None for gradients where none are asked for.
+
+        Gradients are that of the mean loss and, for one pair, that of its score: the loss has it times
+        -sigmoid(-score), which is 0 where the score is large.
+        """
         if not self.gradient:
-            return None, jnp.stack(self.loss(params, reference, batch, epoch, estimator)[1])
-        grads, elbos = jax.grad(self.loss, has_aux=True)(params, reference, batch, epoch, estimator)
-        return grads, jnp.stack(elbos)
+            return None, self.sums(params, reference, batch, epoch, estimator)[2]
+
+        def differentiated(params):
+            loss, score, elbos = self.sums(params, reference, batch, epoch, estimator)
+            return (score if self.one_pair else loss), (score, elbos)
+
+        grads, (score, elbos) = jax.grad(differentiated, has_aux=True)(params)
+        if not self.one_pair:
+            return (grads,), elbos
+        slope = -jax.nn.sigmoid(-score)
+        return (jax.tree.map(lambda g: slope.astype(g.dtype) * g, grads), grads), elbos
 
     def repeat(self, params, reference, batch, epoch, moments, truth: Any, *, estimator: Estimator):
-        """One repeat: (ELBOs [2, r, s], moments, norms of every part: "error", of gradient - truth).
+        """One repeat: (ELBOs [2, r, s], moments of the gradients, norms of every part).
 
-        For one pair, moments and norms ("score gradient") are those of its score's gradient too: the loss has it times
-        -sigmoid(-score).
+        Norms: "error", of the loss's gradient - truth; for one pair "score gradient" as well.
         """
-        grads, elbos = self.estimate(params, reference, batch, epoch, estimator)
-        if grads is None:
+        gradients, elbos = self.estimate(params, reference, batch, epoch, estimator)
+        if gradients is None:
             return elbos, None, None
-        errors = jax.tree.map(lambda g, t: g.astype(jnp.float32) - t, grads, truth)
+        errors = jax.tree.map(lambda g, t: g.astype(jnp.float32) - t, gradients[0], truth)
         norms = {"error": jnp.sqrt(squared_norms(errors, self.parts))}
-        measured = (grads,)
         if self.one_pair:
-            ratio = elbos[0] - elbos[1]
-            slope = jax.nn.sigmoid(-self.beta * (ratio[:, 0::2] - ratio[:, 1::2]))
-            slope = jnp.sum(jnp.where(self.is_pair(batch), slope, 0))
-            measured += (jax.tree.map(lambda g: g.astype(jnp.float32) / -slope, grads),)
-            norms["score gradient"] = jnp.sqrt(squared_norms(measured[1], self.parts))
-        return elbos, tuple(m.add(g, self.parts) for m, g in zip(moments, measured, strict=True)), norms
+            norms["score gradient"] = jnp.sqrt(squared_norms(gradients[1], self.parts))
+        return elbos, tuple(m.add(g, self.parts) for m, g in zip(moments, gradients, strict=True)), norms
 
     def nested(self, params, reference, batch, epoch, scores: Array, *, n_yt: int):
         """One time of the nested draws: terms [2, y, r, s], shares l / L [y, r, s], moments and squares of gradients.
@@ -292,9 +299,9 @@ def theorem_4(score_variance: np.ndarray, trace: np.ndarray, largest: np.ndarray
     """Bounds of the mean error and of tr Var of the gradient of one pair's loss, `trace` being tr Var grad s_hat.
 
     C = `largest` bounds |grad s_hat|. The error: |sigma(-s_hat) - sigma(-s)| <= |s_hat - s| / 4 times |grad s| <= C,
-    and sigma <= 1 times |grad s_hat - grad s|. The variance: half the mean over pairs of repeats of
-    |sigma_1 g_1 - sigma_2 g_2|^2 <= |g_1 - g_2|^2 + C^2 / 8 (s_1 - s_2)^2, so that it holds for the sample variances of
-    repeats whose own largest norm is C, and not for a C that bounds the true gradient |grad s| alone.
+    and sigma <= 1 times |grad s_hat - grad s|. The variance: it is half the mean over pairs of repeats of
+    |sigma_1 g_1 - sigma_2 g_2|^2, each at most |g_1 - g_2|^2 + C^2 / 8 (s_1 - s_2)^2, so that the bound holds for the
+    sample variances of repeats whose own largest norm is C, and not for a C that bounds the true |grad s| alone.
     """
     return (
         largest / 4 * np.sqrt(score_variance) + np.sqrt(trace),

@@ -40,7 +40,7 @@ def tabulate(
         if parts:
             gradients[e.name] = {key: np.stack([batch[e.name][key] for batch in found]) for key in found[0][e.name]
                                  if key != "elbos" and all(key in batch[e.name] for batch in found)}  # fmt: skip
-    pairs, true_scores = truth.shape[-2], variance.scores_of(truth, beta)
+    pairs = truth.shape[-2]
     repeats = len(found[0][estimators[0].name]["elbos"])
     columns = {}
     for e in estimators:
@@ -80,7 +80,7 @@ def tabulate(
             )
             column[f"gradient error: {part}"] = float(gradients[e.name]["error"][..., k].mean())
             if "score trace" in gradients[e.name]:  # one pair a batch
-                column |= _of_one_pair(gradients[e.name], found, mine["score variance"], true_scores, k, part)
+                column |= _of_one_pair(gradients[e.name], found, mine["score variance"], k, part)
             if baseline is not None:
                 other = gradients[baseline.name]["trace"][:, k]
                 column[f"gradient variance: {part} x cost / VRPO"] = _interval(
@@ -90,9 +90,9 @@ def tabulate(
     return {"columns": columns, "decomposition": _decomposition(found, kept, estimators, columns, parts, beta)}
 
 
-def _of_one_pair(gradients: dict, found, score_variance: np.ndarray, scores: np.ndarray, k: int, part: str) -> dict:
+def _of_one_pair(gradients: dict, found, score_variance: np.ndarray, k: int, part: str) -> dict:
     """Theorem 4, C being the largest norm of the pair's score gradient in any repeat or the truth; budget by pair."""
-    true = np.sqrt([batch["truth"]["norm"][k] for batch in found]) * (1 + np.exp(scores))
+    true = np.sqrt([batch["truth"]["score norm"][k] for batch in found])
     largest = np.maximum(gradients["score gradient"][..., k].max(1), true)
     error, trace = variance.theorem_4(score_variance, np.maximum(gradients["score trace"][:, k], 0), largest)
     return {

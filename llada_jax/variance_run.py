@@ -74,6 +74,8 @@ class Run:
         self.estimators = (*(() if args.only_schemes else TABLE_2), *map(parse_scheme, own))
         if args.repeats < 2 or args.truth < 2 or args.truth % 2:
             raise ValueError(f"--repeats={args.repeats}, --truth={args.truth}: at least 2 each, and --truth even")
+        if args.nested_t < 3 or args.nested_yt < 2:
+            raise ValueError(f"--nested_t={args.nested_t}, --nested_yt={args.nested_yt}: at least 3 and 2")
         self.mesh = mesh_lib.make_mesh(-1, args.fsdp, args.tensor)
         if args.batch_rows % mesh_lib.row_shards(self.mesh):
             raise ValueError(
@@ -112,7 +114,7 @@ class Run:
         """All that a result depends on."""
         names = ("policy", "reference", "beta", "seed", "repeats", "truth", "nested_t", "nested_yt", "part", "dtype")
         kept = {name: getattr(self.args, name) for name in (*names, "no_gradient", "batch_rows")}
-        return kept | {"rows": self.rows.fingerprint}
+        return kept | {"rows": self.rows.fingerprint, "noise": noise.FORMAT}
 
     def batches(self) -> Iterator:
         """Global batches of the rows, each once, in order, whatever share of them each host loads."""
@@ -136,7 +138,8 @@ class Run:
         like = jax.tree.map(lambda x: x.sharding, self.params) if problem.gradient else None
         moments = (Moments(like, everywhere, everywhere),) * (1 + problem.one_pair) if problem.gradient else None
         jit = functools.partial(jax.jit, static_argnames="estimator")
-        self._estimate = jit(problem.estimate, out_shardings=(like, everywhere))
+        gradients = (like,) * (1 + problem.one_pair) if problem.gradient else None
+        self._estimate = jit(problem.estimate, out_shardings=(gradients, everywhere))
         self._repeat = jit(problem.repeat, out_shardings=(everywhere, moments, everywhere), donate_argnums=4)
         self._nested = jax.jit(
             problem.nested, static_argnames="n_yt", out_shardings=(everywhere, everywhere, moments, everywhere)
@@ -175,10 +178,13 @@ class Run:
         if not self.problem.gradient:
             return values, None
         (first, _), (second, _) = halves
-        mean = jax.tree.map(lambda a, b: (a.astype(jnp.float32) + b) / 2, first, second)
-        error = jax.tree.map(lambda a, m: a.astype(jnp.float32) - m, first, mean)
+        means = jax.tree.map(lambda a, b: (a.astype(jnp.float32) + b) / 2, first, second)
+        error = jax.tree.map(lambda a, m: a.astype(jnp.float32) - m, first[0], means[0])
         # |(A - B) / 2|^2 estimates the variance of (A + B) / 2.
-        return values | {"variance": np.asarray(self._norms(error)), "norm": np.asarray(self._norms(mean))}, mean
+        values["variance"] = np.asarray(self._norms(error))
+        if self.problem.one_pair:
+            values["score norm"] = np.asarray(self._norms(means[1]))
+        return values, means[0]
 
     def _column(self, estimator: Estimator, batch, truth) -> dict:
         """All repeats of one estimator on one batch."""

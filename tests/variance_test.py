@@ -186,7 +186,11 @@ def test_theorem_4_and_the_limits_of_one_pair_against_enumeration():
     bounds = [x[0] for x in variance.theorem_4(*(np.array([x]) for x in (scores.var(), slopes.var(), c)))]
     assert bounds == pytest.approx([c / 4 * scores.std() + slopes.std(), c**2 / 8 * scores.var() + slopes.var()])
     assert np.abs(grads - true_grad).mean() <= bounds[0] and grads.var() <= bounds[1]
-
+    # A score whose sigmoid is 0 in float32 leaves the loss no gradient, the score its own.
+    sure = dataclasses.replace(problem, beta=1e4).estimate(
+        reference, params, batch, jnp.int32(0), Estimator(noise.Scheme(1))
+    )[0]
+    assert float(sure[0]["t"]) == 0 and abs(float(sure[1]["t"])) > 1e3
 
     # The gradient made linear at the true score has two summands, (1 - sigmoid) beta L l of winner and loser.
     nested = jax.jit(problem.nested, static_argnames="n_yt")
@@ -263,8 +267,8 @@ def test_the_table_of_one_pair_a_batch_has_theorem_4_and_both_limits():
         of = {k: v[..., None] if v.ndim < 2 else v for k, v in of.items()} | {"elbos": rng.normal(size=(5, 2, 1, 2))}
         nested = {"terms": rng.normal(size=(4, 2, 2, 1, 2)), "shares": rng.random((4, 2, 1, 2)), "v_t": np.ones(1),
                   "v_yt": np.ones(1), "squares": rng.random((4, 2, 2, 1))}  # fmt: skip
-        # The true score is 0, where the score's gradient is twice the loss's: 2 x sqrt(norm) = 4 tops the repeats' 3.
-        truth = {"is_pair": np.ones((1, 1), bool), "elbos": np.zeros((2, 2, 1, 2)), "norm": np.array([4.0]),
+        # The norm of the true score's gradient, 4, tops the repeats' 3.
+        truth = {"is_pair": np.ones((1, 1), bool), "elbos": np.zeros((2, 2, 1, 2)), "score norm": np.array([16.0]),
                  "variance": np.zeros(1)}  # fmt: skip
         found.append({"two": of, "nested": nested, "truth": truth})
     table = variance_report.tabulate(found, [estimator], parts=(EVERYTHING,), beta=1.0, flops=1.0)
