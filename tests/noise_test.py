@@ -1,5 +1,6 @@
 """Masks and weights: counts, independence, and that noise is a function of seed, stream, row, epoch and draw."""
 
+import functools
 from math import comb
 
 import jax
@@ -14,6 +15,7 @@ SEGMENTS = jnp.array([1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 0, 0])
 RESPONSE = jnp.array([0, 0, 1, 1, 1, 0, 1, 1, 1, 1, 1, 0, 0], bool)
 
 
+@functools.partial(jax.jit, static_argnames=("scheme", "num_segments"))
 def draw(keys, scheme, num_segments=2):
     rows = keys.shape[0]
     tile = lambda x: jnp.tile(x, (rows, 1))

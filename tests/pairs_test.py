@@ -171,6 +171,7 @@ def length_score(record, response):
     return len(response)
 
 
+@pytest.mark.slow
 def test_cli_writes_a_preference_source(model_folder, tmp_path, capsys):
     flags = [
         f"--model={model_folder}",

@@ -142,6 +142,12 @@ def test_golden_vrpo_scores_loss_and_gradient(golden):
 def test_the_loss_is_what_equations_6_and_8_say(policy, frozen, batch):
     """A second route: full logits of every segment alone, one draw at a time, without packing."""
     drawn = steps.draw(batch, SETTINGS.scheme, seed=0, stream="policy", num_segments=SEGMENTS)
+
+    @jax.jit
+    def elbo_of(params, tokens, masked, weights):
+        logits_fn = lambda x: MODEL.apply({"params": params}, x)
+        return elbo.elbo_terms(logits_fn, tokens[None], masked[:, None], weights[:, None], mask_id=39).mean()
+
     scores, sft = [], []
     for r, segments in enumerate(LAYOUT):
         start, elbos = 0, []
@@ -149,13 +155,7 @@ def test_the_loss_is_what_equations_6_and_8_say(policy, frozen, batch):
             where = slice(start, start + prompt + answer)
             masked, weights = drawn.masked[:, r, where], drawn.weights[:, r, where]
             tokens = batch.tokens[r, where]
-            values = [
-                elbo.elbo_terms(
-                    lambda x, p=p: MODEL.apply({"params": p}, x), tokens[None], masked[:, None], weights[:, None],
-                    mask_id=39,
-                ).mean()
-                for p in (policy, frozen)
-            ]  # fmt: skip
+            values = [elbo_of(params, tokens, masked, weights) for params in (policy, frozen)]
             elbos.append(values)
             sft.append(-values[0] / answer)
             start = where.stop
