@@ -84,8 +84,6 @@ def environment(index: int, processes: int, devices: int, port: int) -> dict[str
     flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
-        # XLA's threads, by default one a core: collectives block them, and so few would wait for one another for ever.
-        "PJRT_NPROC": os.environ.get("PJRT_NPROC", str(8 * devices)),
         "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}".strip(),
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
         "JAX_NUM_PROCESSES": str(processes),

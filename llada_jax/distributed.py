@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import os
 import pathlib
+import re
 import signal
 import sys
 import time
@@ -41,6 +42,7 @@ def initialize(coordinator_address: str | None = None, num_processes: int | None
     for name, variable in _EXPLICIT.items():
         if given[name] is None and (text := os.environ.get(variable)):
             given[name] = text if name == "coordinator_address" else _number(variable, text)
+    _enough_threads()
     known = {name: value for name, value in given.items() if value is not None}
     if known and len(known) < len(given):
         missing = " and ".join(f"--{name} (or {_EXPLICIT[name]})" for name in given if name not in known)
@@ -61,6 +63,18 @@ def initialize(coordinator_address: str | None = None, num_processes: int | None
             _join()
         except (ValueError, RuntimeError, OSError) as error:  # a TPU of one host may have no metadata of a pod
             logging.warning("No TPU pod found (%s); going on as one host.", error)
+
+
+def _enough_threads():
+    """Gives XLA's CPU client eight threads a virtual device, unless PJRT_NPROC says how many.
+
+    By default it has one a core, or one a device where these are more. A collective blocks the thread it waits in, and
+    work that such a thread had queued is not always taken up by an idle one: with few threads, all wait for ever.
+    """
+    asked = re.findall(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    devices = max(int(asked[-1]) if asked else 1, jax.config.jax_num_cpu_devices)
+    if devices > 1:
+        os.environ.setdefault("PJRT_NPROC", str(8 * devices))
 
 
 def _join(**settings):
