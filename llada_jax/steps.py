@@ -52,10 +52,26 @@ def model_terms(
 ) -> Float32[Array, "n r s"]:
     """The ELBO terms of every draw and segment of a batch under `params`."""
 
+    def logps(params, *arrays):
+        return model.apply({"params": params}, *arrays, method="token_logps")
+
+    def draws_as_rows(count, batched, params, *arrays):
+        if any(jax.tree.leaves(batched[0])):
+            raise NotImplementedError("model_terms under a vmap over parameters: use jax.lax.map")
+        # The vmapped draws of a row become neighbouring rows: one product has one axis of positions, where XLA's CPU
+        # backend would transpose for the gradient of two. Rows stay outermost, as they are sharded.
+        arrays = [
+            jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]) if by_draw else jnp.repeat(x, count, axis=0)
+            for x, by_draw in zip(arrays, batched[1:], strict=True)
+        ]
+        found = logps(params, *arrays)
+        return jnp.swapaxes(found.reshape(-1, count, *found.shape[1:]), 0, 1), True
+
+    vmapped = jax.custom_batching.custom_vmap(logps)
+    vmapped.def_vmap(draws_as_rows)
+
     def logps_fn(tokens, targets):
-        return model.apply(
-            {"params": params}, tokens, targets, batch.segment_ids, batch.positions, method="token_logps"
-        )
+        return vmapped(params, tokens, targets, batch.segment_ids, batch.positions)
 
     return elbo.packed_terms(
         logps_fn,
