@@ -1,5 +1,7 @@
 """How processes find each other: flags, environment, platform; what is incomplete is refused."""
 
+import os
+
 import jax
 import pytest
 
@@ -19,6 +21,24 @@ def called(monkeypatch):
     calls = []
     monkeypatch.setattr(distributed, "_join", lambda **settings: calls.append(settings))
     return calls
+
+
+@pytest.mark.parametrize(
+    "flags, set_before, threads",
+    [
+        ("--xla_force_host_platform_device_count=2 --xla_force_host_platform_device_count=4", None, "32"),
+        ("--xla_force_host_platform_device_count=4", "5", "5"),
+        ("--xla_force_host_platform_device_count=1", None, None),
+        ("", None, None),
+    ],
+)
+def test_virtual_devices_get_threads_enough(called, monkeypatch, flags, set_before, threads):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.setenv("PJRT_NPROC", set_before or "")
+    if set_before is None:
+        monkeypatch.delenv("PJRT_NPROC")
+    distributed.initialize()
+    assert os.environ.get("PJRT_NPROC") == threads
 
 
 EXPLICIT = {"coordinator_address": "a:1", "num_processes": 2, "process_id": 1}

@@ -428,6 +428,18 @@ def test_a_killed_process_continues_to_the_last_bit(vrpo, tmp_path, compiled_onc
     assert_same_params(tmp_path / "killed", tmp_path / "whole")
 
 
+@pytest.mark.slow
+def test_the_quickstart_does_not_stall_on_eight_virtual_devices(tmp_path):
+    # Smaller models do not show it: with a thread a device, the collectives of XLA's CPU client wait for ever.
+    environment = {name: value for name, value in os.environ.items() if name != "PJRT_NPROC"}
+    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    changes = {"num_steps": 10, "optimizer.warmup_steps": 1, "solve.prompts": "", "vrpo.n_t": 4}
+    flags = [f"--config.{name}={value}" for name, value in changes.items()]
+    full_command = command("configs/vrpo_sudoku.py", tmp_path, *flags)
+    done = subprocess.run(full_command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "done: 10 steps" in done.stdout, done.stderr[-2000:]
+
+
 @pytest.mark.parametrize(
     "config, printed",
     [
