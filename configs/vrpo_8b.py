@@ -28,10 +28,10 @@ LLADA_8B = dict(
 )
 
 
-# chips -> (fsdp, tensor), compiled by `python -m llada_jax.compile` (README: memory and step time of each).
+# Pod type (v5p counts cores, two a chip) -> (fsdp, tensor). README: memory and step time of each, as compiled.
 MESHES = {
     "": (-1, 1),  # all that are there; 16 of any kind below
-    "v5p-16": (16, 1),
+    "v5p-32": (16, 1),
     "v6e-16": (16, 1),
     "v5e-16": (16, 1),
     "v5e-32": (16, 2),

@@ -169,7 +169,7 @@ def run(config, workdir: str, count: int, profile: str) -> dict:
     of_step, of_process = peak_bytes(plan.mesh.local_devices, compiled)
     counted = "" if of_process is None else f"; this process had {of_process / 2**30:.2f} at its peak, says the device"
     device = plan.mesh.devices.flat[0]
-    used, why = plan.attention
+    used, why = plan.attention()
     median = statistics.median(seconds)
     result = {
         "config": config.to_dict(),

@@ -82,8 +82,10 @@ def make_abstract(plan: Plan):
 
 
 def plan_for(config, devices) -> Plan:
-    """The plan of a config on given devices, with synthetic rows of its shape: nothing is read but the architecture."""
+    """The plan of a config on given devices, with synthetic rows of its shape: data and weights are not read."""
+    config = config.copy_and_resolve_references()
     config.data.train = config.data.heldout = config.solve.prompts = ""
+    config.eval.variance_repeats = 0  # it would ask for the held-out pairs
     with tempfile.TemporaryDirectory() as folder:
         plan = make_plan(config, folder, dry_run=True, devices=devices)
     d = config.data
@@ -170,7 +172,7 @@ def report(plan: Plan, name: str, chip: Chip, compiled, seconds: float) -> dict:
         "row_length": c.data.row_length,
         "draws": plan.settings.scheme.n,
         "mc_chunk": plan.settings.mc_chunk or plan.settings.scheme.n,
-        "attention": plan.attention[0],
+        "attention": plan.attention()[0],
         "compile_seconds": seconds,
         "memory": {
             "arguments": arguments,

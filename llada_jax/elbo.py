@@ -25,7 +25,8 @@ from llada_jax import noise as noise_lib
 LogitsFn = Callable[..., Array]
 
 
-def _logps(logits: Float[Array, "*b l v"], targets: Int[Array, "..."]) -> Float32[Array, "*b l"]:
+def token_logps(logits: Float[Array, "*b l v"], targets: Int[Array, "..."]) -> Float32[Array, "*b l"]:
+    """The log-probability of every target, in nats; targets broadcast to the logits."""
     logps = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     targets = jnp.broadcast_to(targets, logits.shape[:-1])
     return jnp.take_along_axis(logps, targets[..., None], axis=-1)[..., 0]
@@ -46,7 +47,7 @@ def elbo_terms(
     masked = masked.astype(bool)
     if weights.ndim == 2:
         weights = weights[..., None]
-    logps = _logps(logits_fn(jnp.where(masked, mask_id, tokens)), tokens)
+    logps = token_logps(logits_fn(jnp.where(masked, mask_id, tokens)), tokens)
     return jnp.sum(jnp.where(masked, weights * logps, 0), axis=-1)
 
 
@@ -74,7 +75,7 @@ def estimate_elbo(
     pseudo_count: float = 0.0,
     chunk: int = 0,
 ) -> Estimate:
-    """Equation 6: the mean of n_t x n_yt terms, unbiased for every scheme of `noise` but those in `noise.BIASED`.
+    """Equation 6: the mean of n_t x n_yt terms, unbiased for every scheme but those that `Scheme.biased` names.
 
     `chunk` draws go through the model at a time (0: all). Raises ValueError for unknown schemes.
     """

@@ -1,9 +1,9 @@
 """Times and masks: the forward process, as masks and token weights (DESIGN: "An estimator is masks and token weights").
 
 A draw masks some response tokens of a row; its term for one segment is `sum over masked i of weights[i] * log p_i`, and
-the mean of the terms over the draws estimates the segment's ELBO. Every scheme is one entry in TIMES, MASKS or WEIGHTS,
-and a function of uniform numbers that `draw_row` hands it: adding one is one function and one entry. `elbo.md` has the
-formulas and what each is worth.
+the mean of the terms over the draws estimates the segment's ELBO. Every scheme is one entry in TIMES, MASKS or WEIGHTS:
+a function of uniform numbers that `draw_row` hands it, and what has to be known of it. Adding one is one function and
+one entry. `elbo.md` has the formulas and what each is worth.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ FORMAT = 2  # part of what a run may not change: raise it when a scheme and key 
 # One number a purpose, so that no two share random bits.
 STREAMS = {"policy": 0, "reference": 1, "evaluate": 2, "crop": 3, "init": 4}
 
-Times = tuple[Float32[Array, "t s"], Float32[Array, "t s"], Float32[Array, "t s"]]
+Times = tuple[Float32[Array, "t s"], Float32[Array, "t s"], Float32[Array, "t s"]]  # t, ratio, expected
 Masked = tuple[Bool[Array, "n l"], Float32[Array, "n s"]]
 
 
@@ -80,7 +80,7 @@ def antithetic_times(u: Float32[Array, "t s"], lengths: Int[Array, " s"]) -> Tim
     """
     paired = u.shape[0] // 2 * 2
     low = (jnp.arange(paired // 2)[:, None] + u[0:paired:2]) / max(paired, 1)
-    pairs = jnp.stack([low, 1 - low], 1).reshape(paired, -1)
+    pairs = jnp.stack([low, 1 - low], 1).reshape(paired, u.shape[1])
     return jnp.concatenate([pairs, u[paired:]]), jnp.ones_like(u), jnp.ones_like(u)
 
 
@@ -90,7 +90,7 @@ def importance_times(u: Float32[Array, "t s"], lengths: Int[Array, " s"]) -> Tim
     A term's variance goes about as 1 / l, and its square root is the best density. ratio = (1 / L) / P(l) makes the
     weighted count uniform. To each is added the mean of what the ratios of the other times lack of their expectations:
     that has mean 0, and for n_t > 1 all add up to n_t, so that the whole ELBO is not weighed by chance. A ratio may
-    be below 0 where n_t is 2 or 3. For masks by count only: t is the middle of its l.
+    be below 0, in one row of twenty for n_t = 4 and L = 200, seldom where L < n_t^2. t is the middle of its l.
     """
     n = u.shape[0]
     length = jnp.maximum(lengths, 1).astype(jnp.float32)
@@ -111,7 +111,7 @@ def importance_times(u: Float32[Array, "t s"], lengths: Int[Array, " s"]) -> Tim
 def official_times(u: Float32[Array, "t s"], lengths: Int[Array, " s"]) -> Times:
     """LLaDA's evaluation grid l_i = ((round(k + i L / n) - 1) mod L) + 1, k uniform on 1..L (spec: Objectives).
 
-    Biased where some i L / n ends in one half: rounding to even makes even l more frequent. For masks by count only.
+    Biased where some i L / n ends in one half: rounding to even makes even l more frequent.
     """
     n = u.shape[0]
     length = jnp.maximum(lengths, 1)
@@ -147,7 +147,10 @@ def exact_masks(scores: Float32[Array, "n l"], t: Float32[Array, "n s"], segment
 
 
 def bernoulli_masks(scores: Float32[Array, "n l"], t: Float32[Array, "n s"], segments: Segments, eps: float) -> Masked:
-    """Each token with probability p = (1 - eps) t + eps, weight 1 / p (equation 13; eps as in pre-training)."""
+    """Each token with probability p = (1 - eps) t + eps, weight 1 / p (equation 13; eps as in pre-training).
+
+    Biased for eps > 0: p is uniform on (eps, 1], and the ELBO is an integral over (0, 1].
+    """
     p = (1 - eps) * t + eps
     return scores < jax.vmap(_per_token, (0, None))(p, segments), 1 / p
 
@@ -240,46 +243,65 @@ def self_normalised_weights(draws: Draws, pseudo_count: float) -> Float32[Array,
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskScheme:
-    """How masks are drawn, and how many consecutive draws share randomness (0: all of them)."""
+class TimeScheme:
+    """A function of TIMES and what has to be known of it."""
 
-    draw: Callable[..., Masked]
-    block: int = 1
+    draw: Callable[[Array, Array], Times]
+    biased: bool = False
+    by_count: bool = False  # its times are counts of masked tokens: for masks by count only
+    signed: bool = False  # its ratios may be 0 or below
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskScheme:
+    """A function of MASKS and what has to be known of it."""
+
+    draw: Callable[[Array, Array, Segments, float], Masked]
+    block: int = 1  # how many consecutive draws share randomness; 0: all of them
+    by_count: bool = True  # t says how many tokens are masked; otherwise with which probability, and eps the least
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightScheme:
+    """A function of WEIGHTS and what has to be known of it."""
+
+    weigh: Callable[[Draws, float], Array]
+    biased: bool = False
+    pseudo_count: str = "unused"  # or "optional", or "required"
+    independent: bool = False  # needs draws that are
+    divides: bool = False  # by ratios
 
 
 TIMES = {
-    "iid": iid_times,
-    "stratified": stratified_times,
-    "systematic": systematic_times,
-    "antithetic": antithetic_times,
-    "importance": importance_times,
-    "official": official_times,
-    "gauss_legendre": gauss_legendre_times,
+    "iid": TimeScheme(iid_times),
+    "stratified": TimeScheme(stratified_times),
+    "systematic": TimeScheme(systematic_times),
+    "antithetic": TimeScheme(antithetic_times),
+    "importance": TimeScheme(importance_times, by_count=True, signed=True),
+    "official": TimeScheme(official_times, biased=True, by_count=True),
+    "gauss_legendre": TimeScheme(gauss_legendre_times, biased=True),
 }
 MASKS = {
     "exact": MaskScheme(exact_masks),
-    "bernoulli": MaskScheme(bernoulli_masks),
-    "coupled": MaskScheme(coupled_masks, 2),
-    "cyclic": MaskScheme(cyclic_masks, 0),
+    "bernoulli": MaskScheme(bernoulli_masks, by_count=False),
+    "coupled": MaskScheme(coupled_masks, block=2),
+    "cyclic": MaskScheme(cyclic_masks, block=0),
 }
 WEIGHTS = {
-    "plain": plain_weights,
-    "leave_one_out": leave_one_out_weights,
-    "balanced": balanced_weights,
-    "self_normalised": self_normalised_weights,
+    "plain": WeightScheme(plain_weights),
+    "leave_one_out": WeightScheme(leave_one_out_weights, pseudo_count="optional", independent=True),
+    "balanced": WeightScheme(balanced_weights, pseudo_count="required"),
+    "self_normalised": WeightScheme(self_normalised_weights, biased=True, divides=True),
 }
 SHARED = ("nothing", "times", "masks")
-# Schemes whose expectation is not the ELBO; every other is unbiased, alone and with any of the others.
-BIASED = {"official", "gauss_legendre", "self_normalised"}
-BY_COUNT = {"official", "importance"}  # times on the grid of the response's own length
 
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
     """How the Monte Carlo budget of n_t x n_yt draws is spent (equation 6).
 
-    `eps` is for Bernoulli masks only; `pseudo_count` for leave_one_out (how much its control variates shrink) and
-    balanced (how much its weights stay the plain ones).
+    `eps` is for Bernoulli masks only, and biased above 0; `pseudo_count` for leave_one_out (how much its control
+    variates shrink) and balanced (how much its weights stay the plain ones).
     `share_in_pair`: what a winner's draws (segment 2k + 1) have in common with its loser's (2k + 2): "nothing" as in
     the paper, "times", or times and "masks", which are then alike token by token from the start of the responses.
     """
@@ -299,23 +321,27 @@ class Scheme:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
         if self.n_t < 1 or self.n_yt < 1:
             raise ValueError(f"n_t={self.n_t}, n_yt={self.n_yt}: both must be at least 1")
-        if not 0 <= self.eps < 1 or (self.eps and self.masks != "bernoulli"):
-            raise ValueError(f"eps={self.eps}, masks={self.masks!r}: eps is in [0, 1), and 0 unless masks='bernoulli'")
-        if self.times in BY_COUNT and self.masks == "bernoulli":
-            raise ValueError(f"times={self.times!r} are counts of masked tokens: use masks by count, not 'bernoulli'")
-        if self.pseudo_count < 0 or (self.pseudo_count and self.weights not in ("leave_one_out", "balanced")):
+        times, masks, weights = TIMES[self.times], MASKS[self.masks], WEIGHTS[self.weights]
+        if not 0 <= self.eps < 1 or (self.eps and masks.by_count):
+            raise ValueError(f"eps={self.eps}, masks={self.masks!r}: eps is in [0, 1), and 0 for masks by count")
+        if times.by_count and not masks.by_count:
+            raise ValueError(f"times={self.times!r} are counts of masked tokens: use masks by count, not {self.masks}")
+        if self.pseudo_count < 0 or (self.pseudo_count and weights.pseudo_count == "unused"):
+            takes = ", ".join(name for name, each in WEIGHTS.items() if each.pseudo_count != "unused")
             raise ValueError(
-                f"pseudo_count={self.pseudo_count}, weights={self.weights!r}: pseudo_count is at least 0, and 0 "
-                "unless weights='leave_one_out' or 'balanced'"
+                f"pseudo_count={self.pseudo_count}, weights={self.weights!r}: pseudo_count is at least 0, and 0 but "
+                f"for weights {takes}"
             )
-        if self.times == "importance" and self.weights == "self_normalised":
-            raise ValueError("weights='self_normalised' divides by ratios that may be 0 for times='importance'")
-        if self.weights == "balanced" and not self.pseudo_count:
-            raise ValueError("weights='balanced' needs pseudo_count above 0, for example 1")
-        if self.weights == "leave_one_out" and not self._independent().any():
+        if weights.pseudo_count == "required" and not self.pseudo_count:
+            raise ValueError(f"weights={self.weights!r} needs pseudo_count above 0, for example 1")
+        if weights.divides and times.signed:
             raise ValueError(
-                f"weights='leave_one_out' needs independent draws; n_t={self.n_t} times with masks={self.masks!r} have "
-                "none: use more times, or other masks"
+                f"weights={self.weights!r} divides by ratios, which may be 0 for times={self.times!r}: use other times"
+            )
+        if weights.independent and not self._independent().any():
+            raise ValueError(
+                f"weights={self.weights!r} needs independent draws; n_t={self.n_t} times with masks={self.masks!r} "
+                "have none: use more times, or other masks"
             )
 
     @property
@@ -325,7 +351,7 @@ class Scheme:
     @property
     def biased(self) -> bool:
         """Whether the estimate's expectation may differ from the ELBO."""
-        return bool(BIASED & {self.times, self.masks, self.weights})
+        return TIMES[self.times].biased or WEIGHTS[self.weights].biased or self.eps > 0
 
     def _independent(self) -> np.ndarray:
         """[n, n]: 1 where two draws have other times, and masks that are independent given those."""
@@ -368,12 +394,12 @@ def draw_row(
         u = u[:, np.arange(num_segments) // 2 * 2]
     if scheme.share_in_pair == "masks":
         scores = scores[:, _places_in_pair(segments)]
-    t, ratio, expected = (jnp.repeat(x, scheme.n_yt, axis=0) for x in TIMES[scheme.times](u, lengths))
+    t, ratio, expected = (jnp.repeat(x, scheme.n_yt, axis=0) for x in TIMES[scheme.times].draw(u, lengths))
     masked, inverse = MASKS[scheme.masks].draw(scores, t, segments, scheme.eps)
     masked = masked & response_mask
     per_token = (jax.vmap(_per_token, (0, None))(x, segments) for x in (inverse, ratio, expected))
     draws = Draws(masked, *per_token, segments, jnp.asarray(scheme._independent()))
-    weights = WEIGHTS[scheme.weights](draws, scheme.pseudo_count)
+    weights = WEIGHTS[scheme.weights].weigh(draws, scheme.pseudo_count)
     return Noise(masked, weights)
 
 

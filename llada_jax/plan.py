@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
-from llada_jax import attention, convert, data, distributed, evaluate, noise, optim, packing, steps
+from llada_jax import attention, convert, data, distributed, evaluate, noise, optim, packing, sampling, steps
 from llada_jax import mesh as mesh_lib
 from llada_jax import model as model_lib
 from llada_jax import parallel as parallel_lib
@@ -61,13 +61,12 @@ class Plan:
     def parallel(self) -> parallel_lib.Parallel:
         return parallel_lib.Parallel(self.config.parallelism, self.mesh)
 
-    @property
-    def attention(self) -> tuple[str, str]:
-        """Which attention the model's setting means on this mesh, and why; ValueError for what it cannot do."""
+    def attention(self, length: int = 0) -> tuple[str, str]:
+        """(name, why) of the attention for rows of `length` (0: those of the data); ValueError where there is none."""
         return attention.choose(
             self.model.attention,
             self.mesh.devices.flat[0].platform,
-            length=self.config.data.row_length,
+            length=length or self.config.data.row_length,
             head_size=self.model.config.head_size,
             dtype=self.model.dtype,
         )
@@ -119,6 +118,7 @@ def make_plan(config, workdir: epath.PathLike, *, dry_run: bool = False, devices
     tokenizer = _tokenizer(c)
     model = _model(c, mesh, tokenizer)
     rows = heldout = prompts = None
+    sampled_length = 0
     if c.data.train and tokenizer:
         cache_dir = epath.Path(c.data.cache_dir or workdir / "data").expanduser()
         rows, heldout = distributed.once_per_disk(cache_dir, lambda: _rows(c, tokenizer, cache_dir))
@@ -126,7 +126,9 @@ def make_plan(config, workdir: epath.PathLike, *, dry_run: bool = False, devices
     elif not dry_run:
         raise ValueError("data.train is not set: pass --config.data.train=jsonl:FILE (or tfds:, python:)")
     if c.solve.prompts:
-        prompts = _prompts(c, tokenizer, model.config)
+        prompts, sampled_length = _prompts(c, tokenizer, model.config)
+        if not dry_run:
+            distributed.check_same("what solve.prompts holds", repr(prompts))
     num_steps = c.num_steps
     if not num_steps and rows is not None:
         num_steps = c.epochs * len(rows) // c.data.batch_rows
@@ -135,7 +137,8 @@ def make_plan(config, workdir: epath.PathLike, *, dry_run: bool = False, devices
                 f"{c.epochs} epochs of {len(rows)} rows fill no batch of data.batch_rows={c.data.batch_rows}: lower it"
             )
     plan = Plan(c, workdir, mesh, model, tokenizer, rows, heldout, prompts, settings, num_steps)
-    _ = plan.attention  # says now what an implementation asked for by name cannot do
+    for length in (c.data.row_length, sampled_length):
+        plan.attention(length)  # says now what an implementation asked for by name cannot do
     if num_steps:
         _ = plan.schedule  # says now whether the warm-up fits
     return plan
@@ -162,6 +165,7 @@ def _check_choices(c, dry_run: bool):
         ("model.unroll", c.model.unroll, 1),
         ("checkpoint.every", c.checkpoint.every, 1),
         ("eval.every", c.eval.every, 0),
+        ("solve.batch_size", c.solve.batch_size, 1),
         ("eval.variance_repeats", c.eval.variance_repeats, 0),
     ):
         if value < least:
@@ -287,19 +291,24 @@ def _rows(c, tokenizer, cache_dir: epath.Path) -> tuple[data.Rows, data.Rows | N
     return rows, prepare(d.train, holdout=d.holdout, split="heldout", limit=d.limit) if d.holdout else None
 
 
-def _prompts(c, tokenizer, config: model_lib.ModelConfig) -> list:
+def _prompts(c, tokenizer, config: model_lib.ModelConfig) -> tuple[list, int]:
+    """Records of the prompts, and how long the rows are that they are answered in (0: no tokenizer tells)."""
     evaluate.load_scorer(c.solve.scorer)
+    try:
+        sampling.check_schedule(c.solve.steps, c.solve.gen_length, c.solve.block_length)
+    except ValueError as error:
+        raise ValueError(f"config.solve: {error}") from None
     prompts = list(itertools.islice(read_records(c.solve.prompts, "prompt"), c.solve.limit or None))
     if not prompts:
         raise ValueError(f"solve.prompts={c.solve.prompts} holds no record; give one that does, or none")
-    for where, _, prompt in prompts if tokenizer else ():
-        length = len(packing.encode_prompt(tokenizer, prompt["prompt"], c.data.template))
+    lengths = [len(packing.encode_prompt(tokenizer, p["prompt"], c.data.template)) for _, _, p in prompts if tokenizer]
+    for (where, _, _), length in zip(prompts, lengths, strict=False):
         if length + c.solve.gen_length > config.max_sequence_length:
             raise ValueError(
                 f"{where}: a prompt of {length} tokens and solve.gen_length={c.solve.gen_length} exceed the model's "
                 f"max_sequence_length={config.max_sequence_length}: lower it or leave the prompt out"
             )
-    return prompts
+    return prompts, (sampling.prompt_width(lengths) + c.solve.gen_length if lengths else 0)
 
 
 def pass_flops(plan: Plan) -> int:
@@ -334,7 +343,7 @@ def describe(plan: Plan) -> str:
         f"{', '.join(f'{k}={v}' for k, v in plan.mesh.shape.items())}",
         f"parameters      {total:,} ({count['layers']:,} without embedding and head)",
     ]
-    lines.append(f"attention       {': '.join(plan.attention)}")
+    lines.append(f"attention       {': '.join(plan.attention())}")
     for name, rows in (("train rows", plan.rows), ("held-out rows", plan.heldout)):
         if rows is not None:
             lines.append(f"{name:<15} {rows.stats}")

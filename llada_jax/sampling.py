@@ -12,7 +12,7 @@ import argparse
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -43,15 +43,27 @@ class _Settings:
     eot_id: int | None
 
 
-def _check(s: _Settings, has_key: bool) -> None:
-    if s.block_length < 1 or s.gen_length < 1 or s.gen_length % s.block_length:
-        raise ValueError(f"gen_length={s.gen_length} is not a positive multiple of block_length={s.block_length}")
-    blocks = s.gen_length // s.block_length
-    if s.steps < 1 or s.steps % blocks:
+def check_schedule(steps: int, gen_length: int, block_length: int) -> None:
+    """ValueError for what `generate` cannot divide into blocks, and steps for each."""
+    if block_length < 1 or gen_length < 1 or gen_length % block_length:
+        raise ValueError(f"gen_length={gen_length} is not a positive multiple of block_length={block_length}")
+    blocks = gen_length // block_length
+    if steps < 1 or steps % blocks:
         raise ValueError(
-            f"steps={s.steps} is not a positive multiple of the {blocks} blocks of gen_length={s.gen_length}, "
-            f"block_length={s.block_length}"
+            f"steps={steps} is not a positive multiple of the {blocks} blocks of gen_length={gen_length}, "
+            f"block_length={block_length}"
         )
+
+
+def prompt_width(lengths: Iterable[int]) -> int:
+    """How many positions `sample_responses` gives prompts of these lengths."""
+    lengths = set(lengths)
+    width = max(lengths, default=0)
+    return width if len(lengths) <= 1 else -(-width // _PAD_MULTIPLE) * _PAD_MULTIPLE
+
+
+def _check(s: _Settings, has_key: bool) -> None:
+    check_schedule(s.steps, s.gen_length, s.block_length)
     if s.remasking not in REMASKING:
         raise ValueError(f"remasking={s.remasking!r} is not one of {', '.join(REMASKING)}")
     if not s.temperature >= 0 or not s.cfg_scale >= 0:
@@ -265,10 +277,7 @@ def sample_responses(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
-    lengths = {len(p) for p in prompts}
-    width = max(lengths, default=0)
-    if len(lengths) > 1:
-        width = -(-width // _PAD_MULTIPLE) * _PAD_MULTIPLE
+    width = prompt_width(map(len, prompts))
     out = np.zeros((len(prompts), gen_length), np.int32)
 
     def collect(first, tokens):

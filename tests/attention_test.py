@@ -22,7 +22,7 @@ def make_inputs(draws=3):
 
 
 def outputs_and_gradients(implementation, inputs, **kwargs):
-    """Under a vmapped axis of draws whose segments and masks are shared, as in `elbo.packed_terms`."""
+    """Under a vmapped axis of draws whose segments and masks are shared: a caller may vmap the model."""
 
     def attend(*x):
         one = lambda *x: attention.attend(*x, implementation=implementation, **kwargs)

@@ -1,6 +1,7 @@
 """Compiling for a TPU pod that is not there: what the compiled step holds, gathers and gives back."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -144,6 +145,27 @@ def test_the_command_line(topology):
     assert found["chips"] == 4 and found["attention"] == "xla" and found["memory"]["total"] > 0
     done = subprocess.run([*command, "--config.mesh.tensor=3"], capture_output=True, text=True, timeout=500)
     assert done.returncode and done.stderr.strip().splitlines()[-1].startswith("error: mesh sizes")
+
+
+@pytest.mark.slow
+def test_the_hardest_preset_fits_its_pod(topology):
+    """LLaDA 8B by VRPO on 16 chips of 16 GB; 14 GiB is what larger chips are held to as well, on the same mesh."""
+    command = [sys.executable, "-m", "llada_jax.compile", "--config=configs/vrpo_8b.py:v5e-16", "--topology=v5e:4x4"]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run([*command, "--json"], env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["chips"] == 16 and found["attention"] == "splash" and found["draws"] == 8
+    assert found["memory"]["total"] < 14 * 2**30
+
+
+def test_a_plan_to_compile_needs_no_data_and_leaves_the_config(config):
+    config = config.copy_and_resolve_references()
+    config.data.train = config.data.heldout = "jsonl:nowhere"
+    config.eval.variance_repeats = 3
+    before = config.to_dict()
+    assert compile_lib.plan_for(config, jax.devices()).num_steps > 0
+    assert config.to_dict() == before
 
 
 PROGRAM = """HloModule m, input_output_alias={ {0}: (0, {}, may-alias), {1}: (2, {}, may-alias) }, num_partitions=8

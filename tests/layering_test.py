@@ -34,7 +34,8 @@ MAP = {
     "evaluate": "batch noise losses metrics model steps packing records sampling variance",
     "reference": "batch",
     "plan": (
-        "attention convert data distributed evaluate mesh model noise optim packing parallel records steps tokenizer"
+        "attention convert data distributed evaluate mesh model noise optim packing parallel records "
+        "sampling steps tokenizer"
     ),
     "train": "checkpoint convert data distributed evaluate mesh metrics noise plan reference state steps",
     # Beside, never imported by train.py.
@@ -47,7 +48,7 @@ MAP = {
     "sudoku": "",
     "variance_report": "variance",
     "variance_run": (
-        "convert data distributed mesh metrics model noise parallel steps tokenizer variance variance_report"
+        "checkpoint convert data distributed mesh metrics model noise parallel steps tokenizer variance variance_report"
     ),
     "pairs": "convert evaluate metrics packing records sampling tokenizer",
 }

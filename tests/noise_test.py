@@ -1,6 +1,8 @@
 """Masks and weights: counts, independence, and that noise is a function of seed, stream, row, epoch and draw."""
 
 import functools
+import pathlib
+import re
 from math import comb
 
 import jax
@@ -66,6 +68,7 @@ def test_subsets_of_one_size_are_equally_likely(many, masks):
 COMBINATIONS = [
     *({"times": times} for times in noise.TIMES),
     {"times": "iid", "weights": "self_normalised"},
+    {"times": "iid", "masks": "bernoulli", "eps": 0.2},
     *({"times": "stratified", "masks": masks} for masks in noise.MASKS),
     *(
         {"times": times, "masks": masks, "weights": "leave_one_out", "pseudo_count": count}
@@ -93,14 +96,11 @@ COMBINATIONS = [
 ]
 
 
-@pytest.mark.parametrize("scheme", COMBINATIONS, ids=lambda s: "-".join(map(str, s.values())))
-def test_expected_weights_are_those_of_the_exact_elbo(scheme):
+def assert_expected_weights(scheme):
     """The weight that token i gets with the mask m is 1 / (l C(L, l)) on average: unbiased for any model, any gradient.
 
     The ELBO is the sum of that times log p_i(m) over all m and i in m (equation 14).
     """
-    # "official" is biased where i L / n ends in one half.
-    scheme = noise.Scheme(n_t=8 if scheme["times"] == "official" else 3, **scheme)
     rows, length = 12_000, 4
     layout = jnp.tile(jnp.array([1, 1, 1, 1, 1, 2, 2, 2, 2, 0]), (rows, 1))
     response = jnp.tile(jnp.array([0, 1, 1, 1, 1, 1, 1, 1, 1, 0], bool), (rows, 1))
@@ -120,6 +120,28 @@ def test_expected_weights_are_those_of_the_exact_elbo(scheme):
         assert worst > 10, "what is called biased is not"
     else:
         assert worst < 4.5  # 64 numbers
+
+
+@pytest.mark.parametrize("scheme", COMBINATIONS, ids=lambda s: "-".join(map(str, s.values())))
+def test_expected_weights_are_those_of_the_exact_elbo(scheme):
+    # "official" is biased where i L / n ends in one half.
+    assert_expected_weights(noise.Scheme(n_t=8 if scheme["times"] == "official" else 3, **scheme))
+
+
+def test_the_readmes_scheme_of_your_own_is_unbiased(monkeypatch):
+    monkeypatch.setattr(noise, "TIMES", dict(noise.TIMES))
+    readme = (pathlib.Path(__file__).resolve().parent.parent / "README.md").read_text()
+    (example,) = (code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "noise.TIMES[" in code)
+    before = set(noise.TIMES)
+    exec(example, {})
+    (name,) = set(noise.TIMES) - before
+    assert_expected_weights(noise.Scheme(n_t=3, times=name))
+
+
+@pytest.mark.parametrize("times", noise.TIMES)
+def test_one_time_is_enough(times):
+    drawn = draw(jax.random.split(jax.random.key(0), 2), noise.Scheme(n_t=1, times=times))
+    assert drawn.masked.shape == (1, 2, 13) and jnp.isfinite(drawn.weights).all()
 
 
 def test_a_pair_may_share_times_and_masks():
@@ -174,14 +196,6 @@ def test_balanced_weights_are_the_ridge_solution_and_keep_each_draws_sum():
             np.testing.assert_allclose(np.asarray(found.weights[:, row, where])[j, i], solution[: i.size], atol=2e-5)
 
 
-def test_a_scheme_of_your_own_is_one_entry():
-    noise.TIMES["halves"] = lambda u, lengths: (u / 2, jnp.ones_like(u), jnp.ones_like(u))
-    try:
-        assert draw(jax.random.split(jax.random.key(0), 2), noise.Scheme(times="halves")).masked.shape == (8, 2, 13)
-    finally:
-        del noise.TIMES["halves"]
-
-
 def test_segments_draw_independently(many):
     masked = np.asarray(many["exact"].masked)
     first, second = masked[..., :5].sum(-1).ravel(), masked[..., 5:].sum(-1).ravel()
@@ -228,7 +242,8 @@ def test_one_token_responses_are_always_masked_with_weight_one():
     "change, message",
     [
         ({"times": "importance", "masks": "bernoulli"}, "use masks by count"),
-        ({"pseudo_count": 1.0}, "0 unless weights='leave_one_out'"),
+        ({"pseudo_count": 1.0}, "0 but for weights leave_one_out, balanced"),
+        ({"times": "importance", "weights": "self_normalised"}, "divides by ratios.*use other times"),
         ({"weights": "balanced"}, "needs pseudo_count above 0"),
         ({"weights": "leave_one_out", "masks": "cyclic"}, "have none: use more times, or other masks"),
         ({"weights": "leave_one_out", "n_t": 1}, "have none"),
@@ -236,7 +251,7 @@ def test_one_token_responses_are_always_masked_with_weight_one():
         ({"times": "idd"}, "times='idd' is not one of"),
         ({"masks": "exactly"}, "masks='exactly' is not one of"),
         ({"n_t": 0}, "at least 1"),
-        ({"eps": 0.1}, "unless masks='bernoulli'"),
+        ({"eps": 0.1}, "0 for masks by count"),
     ],
 )
 def test_bad_settings_are_one_line(change, message):
