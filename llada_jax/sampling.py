@@ -300,7 +300,7 @@ def sample_responses(
             rows,
             mask_id=mask_id,
             gen_length=gen_length,
-            attention_mask=attended if len(lengths) > 1 else None,
+            attention_mask=attended if len(set(map(len, prompts))) > 1 else None,
             key=None if key is None else jax.random.fold_in(key, first),
             **settings,
         )

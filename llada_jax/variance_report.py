@@ -155,9 +155,12 @@ def _decomposition(found, kept, estimators, columns, parts, beta: float) -> dict
             name, name.replace("gradient:", "gradient variance:")
         )
         values["predicted, measured"] = {
-            e.name: [values["V_t"][0] / e.scheme.n_t + values["V_yt"][0] / e.scheme.n, columns[e.name][measured][0]]
+            e.name: [
+                variance.predicted_variance(values["V_t"][0], values["V_yt"][0], e.scheme.n_t, e.scheme.n_yt),
+                columns[e.name][measured][0],
+            ]
             for e in estimators
-            if _vrpo([e], e.scheme.n) or (e.share_noise and e.scheme == type(e.scheme)(e.scheme.n_t, e.scheme.n_yt))
+            if e.share_noise and e.scheme == type(e.scheme)(e.scheme.n_t, e.scheme.n_yt)
         }
     bins = np.minimum((shares.ravel() * 10 - 1e-6).astype(int), 9)
     # Each term's own mean over the nested draws is taken out: what is left is spread within a response.
@@ -183,10 +186,11 @@ def as_text(table: dict) -> str:
              for k in shown}  # fmt: skip
     width = max(map(len, columns)) + 2
     cells = {k: max(18, len(short[k])) for k in shown}
-    lines = ["estimator".ljust(width) + "n".rjust(3) + "".join(f"  {short[k]:>{cells[k]}}" for k in shown)]
+    lines = [f"{'estimator':<{width}}{'n':>3}{'FLOPs':>10}" + "".join(f"  {short[k]:>{cells[k]}}" for k in shown)]
     for name, column in columns.items():
         row = "".join(f"  {_cell(column[k]) if k in column else '':>{cells[k]}}" for k in shown)
-        lines.append(f"{name:<{width}}{column['model calls']:>3}{row}{'  biased' if column['biased'] else ''}")
+        cost = f"{column['model calls']:>3}{column['FLOPs a pair']:>10.3g}"
+        lines.append(f"{name:<{width}}{cost}{row}{'  biased' if column['biased'] else ''}")
     for name, values in table["decomposition"].items():
         if isinstance(values, dict):
             shown = [k for k, v in values.items() if isinstance(v, list)]
@@ -214,10 +218,7 @@ def write(table: dict, out: epath.Path, *, plots: bool = True) -> None:
                 cells += value if isinstance(value, list) else [value] if k in _PLAIN else [value, "", ""]
             writer.writerow([name, *cells])
     if plots:
-        try:
-            _plot(table, out)
-        except ImportError:
-            raise ImportError("plots need matplotlib: pip install 'llada_jax[plot]', or --no_plots") from None
+        _plot(table, out)
 
 
 _PLAIN = ("n_t", "n_yt", "biased", "model calls", "FLOPs a pair", "correlation")
@@ -241,12 +242,16 @@ def _plot(table: dict, out: epath.Path) -> None:
         label = ",".join(p for p in name.split(",") if not p.startswith("n_t=")) if "=" in name else name
         label = "VRPO" if label in ("", "1 x 1", "4 x 1", "8 x 1") else label
         lines.setdefault(label, []).append(column)
+    colors = pyplot.get_cmap("turbo")(np.linspace(0.05, 0.95, len(lines)))
     for ax, panel in zip(np.atleast_1d(axes), panels, strict=True):
-        for label, members in lines.items():
+        for k, (label, members) in enumerate(lines.items()):
             members = sorted(members, key=lambda c: c["model calls"])
             calls = [c["model calls"] for c in members]
             values, low, high = np.array([c[panel] for c in members]).T
-            ax.errorbar(calls, values, [values - low, high - values], marker="o", ms=3, capsize=2, lw=1, label=label)
+            style = {"color": colors[k], "marker": "osvD^"[k % 5], "ms": 3, "capsize": 2, "lw": 1, "label": label}
+            # Apart from each other where many have the same n.
+            shifted = np.array(calls) * 2 ** (0.02 * (k - len(lines) / 2))
+            ax.errorbar(shifted, values, [values - low, high - values], **style)
         title = panel.replace(": ", "\n").replace("/kernel", "")
         ax.set(xscale="log", yscale="log", xlabel="model calls n", title=title)
         ax.set_xticks(sorted({c["model calls"] for c in columns.values()}), minor=False)

@@ -6,6 +6,7 @@ Every batch and estimator leaves a file, so that the same command goes on where 
 import argparse
 import dataclasses
 import functools
+import importlib.util
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax import linen as nn
 
-from llada_jax import convert, data, distributed, metrics, noise, steps, tokenizer, variance
+from llada_jax import checkpoint, convert, data, distributed, metrics, noise, steps, tokenizer, variance
 from llada_jax import mesh as mesh_lib
 from llada_jax import variance_report as report
 from llada_jax.model import REMAT, LLaDA, flops_per_token
@@ -70,19 +72,27 @@ class Run:
     def __init__(self, args: argparse.Namespace):
         self.args = args
         self.out = epath.Path(args.out).expanduser()
+        for module in args.modules:
+            try:
+                importlib.import_module(module)
+            except ImportError as error:
+                raise ValueError(f"--import={module}: {error}; it must be importable from here") from error
         own = args.schemes if args.schemes else OURS
         self.estimators = (*(() if args.only_schemes else TABLE_2), *map(parse_scheme, own))
         if args.repeats < 2 or args.truth < 2 or args.truth % 2:
             raise ValueError(f"--repeats={args.repeats}, --truth={args.truth}: at least 2 each, and --truth even")
         if args.nested_t < 3 or args.nested_yt < 2:
             raise ValueError(f"--nested_t={args.nested_t}, --nested_yt={args.nested_yt}: at least 3 and 2")
+        if args.mc_chunk < 0:
+            raise ValueError(f"--mc_chunk={args.mc_chunk}: at least 0, which takes all draws at a time")
+        if not args.no_plots and importlib.util.find_spec("matplotlib") is None:
+            raise ImportError("plots need matplotlib: pip install 'llada_jax[plot]', or --no_plots")
         self.mesh = mesh_lib.make_mesh(-1, args.fsdp, args.tensor)
-        if args.batch_rows % mesh_lib.row_shards(self.mesh):
-            raise ValueError(
-                f"--batch_rows={args.batch_rows} is no multiple of the {mesh_lib.row_shards(self.mesh)} shards of rows"
-            )
-        self.model, self.rows = self._open()
+        shards = mesh_lib.row_shards(self.mesh)
+        if args.batch_rows < 1 or args.batch_rows % shards:
+            raise ValueError(f"--batch_rows={args.batch_rows} is no multiple of the {shards} shards of rows")
         parts = (EVERYTHING, *args.part) if not args.no_gradient else ()
+        self.model, self.rows = self._open(parts)
         segments = self.rows.num_segments
         self.count = -(-len(self.rows) // args.batch_rows)
         self.problem = Problem(
@@ -90,15 +100,14 @@ class Run:
             segments, args.beta, args.seed, parts, not args.no_gradient, self.rows.stats.samples == self.count,
         )  # fmt: skip
 
-    def _open(self) -> tuple[LLaDA, data.Rows]:
+    def _open(self, parts: tuple[str, ...]) -> tuple[LLaDA, data.Rows]:
         args = self.args
         configs = [convert.read_config(path) for path in (args.policy, args.reference)]
         if configs[0] != configs[1]:
             raise ValueError(f"--policy={args.policy} and --reference={args.reference} are different architectures")
         boxed = jax.eval_shape(LLaDA(configs[0]).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-        shardings = mesh_lib.shardings(self.mesh, boxed)
-        model, self.params = convert.load(args.policy, args.dtype, shardings)
-        self.reference = convert.load(args.reference, args.dtype, shardings)[1]
+        if parts:  # a --part that is not there shows before a weight is read
+            jax.eval_shape(lambda params: variance.squared_norms(params, parts), nn.unbox(boxed))
         words = tokenizer.load(convert.model_folder(args.policy))
         rows = distributed.once_per_disk(
             self.out / "data",
@@ -108,13 +117,21 @@ class Run:
                 bad_records="skip", limit=args.pairs_limit,
             ),
         )  # fmt: skip
+        shardings = mesh_lib.shardings(self.mesh, boxed)
+        model, self.params = convert.load(args.policy, args.dtype, shardings)
+        self.reference = convert.load(args.reference, args.dtype, shardings)[1]
+        # A path says little: a workdir is its newest checkpoint. All hosts take part, so here and not in `identity`.
+        self.weights = {
+            f"weights of the {name}": checkpoint.fingerprint(params)
+            for name, params in (("policy", self.params), ("reference", self.reference))
+        }
         return model.clone(remat=args.remat), rows
 
     def identity(self) -> dict:
         """All that a result depends on."""
         names = ("policy", "reference", "beta", "seed", "repeats", "truth", "nested_t", "nested_yt", "part", "dtype")
         kept = {name: getattr(self.args, name) for name in (*names, "no_gradient", "batch_rows")}
-        return kept | {"rows": self.rows.fingerprint, "noise": noise.FORMAT}
+        return kept | self.weights | {"rows": self.rows.fingerprint, "noise": noise.FORMAT}
 
     def batches(self) -> Iterator:
         """Global batches of the rows, each once, in order, whatever share of them each host loads."""
@@ -212,9 +229,8 @@ class Run:
         ratio = elbos[0] - elbos[1]
         scores = jnp.asarray(self.args.beta * (ratio[:, 0::2] - ratio[:, 1::2]))
         n_t, n_yt = self.args.nested_t, self.args.nested_yt
-        terms, shares, squares = [], [], []
+        terms, shares, squares, of_times = [], [], [], []
         whole = self._zero(self.params)
-        within, between = 0.0, 0.0  # of every summand of the gradient, [1 or 2, p]
         for time in range(n_t):
             found, share, moments, square = self._nested(
                 self.params, self.reference, batch, jnp.int32(NESTED_EPOCH + time), scores, n_yt=n_yt
@@ -223,17 +239,15 @@ class Run:
             shares.append(np.asarray(share))
             if moments is not None:
                 squares.append(np.asarray(square))
-                totals = self._totals(moments)
-                within += (squares[-1].sum(0) - totals / n_yt) / (n_yt - 1) / n_t
-                between += totals / n_yt**2
+                of_times.append(self._totals(moments))
                 whole = jax.tree.map(jnp.add, whole, moments)
         values = {"terms": np.moveaxis(np.stack(terms), 1, 2), "shares": np.stack(shares), "elbos": elbos}
         if whole is None:
             return values
-        between = (between - self._totals(whole) / n_yt**2 / n_t) / (n_t - 1)
-        # The summands are independent: their variances add up.
-        values |= {"v_yt": within.sum(0), "v_t": (between - within / n_yt).sum(0)}
-        return values | ({"squares": np.stack(squares)} if self.problem.one_pair else {})
+        squares = np.stack(squares)
+        v_t, v_yt = variance.decompose_norms(squares, np.stack(of_times), self._totals(whole))
+        values |= {"v_t": v_t, "v_yt": v_yt}
+        return values | ({"squares": squares} if self.problem.one_pair else {})
 
     def _totals(self, moments: tuple[Moments, ...]) -> np.ndarray:
         return np.stack([np.asarray(self._norms(m.total)) for m in moments])
@@ -317,6 +331,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--nested_yt", type=int, default=4, help="samples at each of them")
     parser.add_argument(
         "--schemes", action="append", metavar="NAME=VALUE,...", help="an estimator beside Table 2, instead of ours"
+    )
+    parser.add_argument(
+        "--import", action="append", default=[], dest="modules", metavar="MODULE", help="it adds schemes to `noise`"
     )
     parser.add_argument("--only_schemes", action="store_true", help="leave the columns of Table 2 out")
     parser.add_argument("--part", action="append", help=f"a parameter to report by itself; default: {UP_PROJ}")

@@ -4,6 +4,7 @@ import dataclasses
 import doctest
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -14,12 +15,25 @@ import pytest
 
 from llada_jax import noise, variance, variance_report, variance_run
 from llada_jax.batch import Batch
-from llada_jax.variance import EVERYTHING, Decomposition, Estimator, Moments, Problem
+from llada_jax.variance import EVERYTHING, Estimator, Moments, Problem
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SUDOKU = ROOT / "llada_jax" / "assets" / "sudoku"
 MASK = 7
 PARTS = (EVERYTHING, "slope", "table[1]")
+
+
+def toy_logits(params, tokens):  # log p at a position depends on its neighbour, if that is not masked
+    left = jnp.roll(tokens, 1, -1)
+    return params["table"][left] + params["slope"] * jnp.sum(tokens == MASK, -1)[..., None, None] * jnp.arange(8)
+
+
+def toy_elbos(params, batch, drawn):
+    """Two pairs' ELBOs [2, 2 (winner, loser)] written out: the mean over draws of each segment's weighted sum."""
+    logits = toy_logits(params, jnp.where(drawn.masked, MASK, batch.tokens))
+    each = jax.nn.log_softmax(logits) * jax.nn.one_hot(batch.tokens, 8)
+    each = jnp.where(drawn.masked[..., None], drawn.weights[..., None] * each, 0).sum(-1).mean(0)  # [r, l]
+    return jnp.stack([jnp.where(batch.segment_ids == segment, each, 0).sum(-1) for segment in (1, 2)], -1)
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +51,10 @@ def toy():
     batch = Batch(tokens, segments, np.zeros_like(tokens), response, np.arange(2), np.zeros(2, np.int32))
     batch = jax.tree.map(jnp.asarray, batch)
 
-    def logits_fn(params, tokens):  # log p at a position depends on its neighbour, if that is not masked
-        left = jnp.roll(tokens, 1, -1)
-        return params["table"][left] + params["slope"] * jnp.sum(tokens == MASK, -1)[..., None, None] * jnp.arange(8)
-
     def params(seed):
         return {"table": jax.random.normal(jax.random.key(seed), (8, 8)), "slope": jnp.float32(0.02 * seed)}
 
-    terms_fn = variance.terms_of(logits_fn, mask_id=MASK, num_segments=2)
+    terms_fn = variance.terms_of(toy_logits, mask_id=MASK, num_segments=2)
     return params(1), params(2), batch, Problem(terms_fn, 2, beta=0.1, parts=PARTS)
 
 
@@ -61,8 +71,7 @@ def test_decomposition_finds_both_variances_and_its_errors_are_true():
         spread = float(value.std())
         assert abs(float(value.mean()) - truth) < 4 * spread / 20
         assert float(jnp.sqrt(jnp.mean(error**2))) == pytest.approx(spread, rel=0.15)
-    split = Decomposition(*(jnp.array(x) for x in (4.0, 9.0, 0.0, 0.0)))
-    assert float(split.predict(2, 3)) == pytest.approx(4 / 2 + 9 / 6)
+    assert variance.predicted_variance(4.0, 9.0, 2, 3) == pytest.approx(4 / 2 + 9 / 6)
     with pytest.raises(ValueError, match="at least 3 times and 2 samples"):
         variance.decompose(jnp.zeros((3, 1, 5)))
 
@@ -113,7 +122,65 @@ def test_streamed_moments_are_those_of_stacked_gradients():
         variance.squared_norms(grads[0], ("tables",))
 
 
-def test_repeats_agree_with_their_prediction_and_with_autodiff(toy):
+@pytest.mark.parametrize("share_noise", [True, False])
+def test_the_gradient_of_several_pairs_is_autodiffs_of_a_loss_written_out(toy, share_noise):
+    params, reference, batch, problem = toy
+    # Rows with room for two pairs that hold one: the mean is over pairs, not over places.
+    problem = dataclasses.replace(
+        problem, num_segments=4, terms_fn=variance.terms_of(toy_logits, mask_id=MASK, num_segments=4)
+    )
+    estimator = Estimator(noise.Scheme(3), share_noise)
+    estimate = jax.jit(problem.estimate, static_argnames="estimator")
+    (found,), elbos = estimate(params, reference, batch, jnp.int32(5), estimator=estimator)
+
+    def loss(params):
+        drawn, other = (problem.draw(batch, estimator.scheme, jnp.int32(5), x) for x in ("evaluate", "reference"))
+        both = toy_elbos(params, batch, drawn), toy_elbos(reference, batch, drawn if share_noise else other)
+        ratio = both[0] - both[1]
+        return jnp.mean(jnp.log1p(jnp.exp(-0.1 * (ratio[:, 0] - ratio[:, 1])))), jnp.stack(both)
+
+    expected, both = jax.jit(jax.grad(loss, has_aux=True))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
+    np.testing.assert_allclose(elbos[:, :, :2], both, rtol=1e-5)
+
+
+@pytest.mark.parametrize("one_pair", [True, False])
+def test_streamed_v_t_and_v_yt_of_gradients_are_those_of_stacked_ones(toy, one_pair):
+    params, reference, batch, problem = toy
+    batch = jax.tree.map(lambda x: x[:1], batch) if one_pair else batch
+    problem = dataclasses.replace(problem, one_pair=one_pair)
+    scores = jnp.array([[0.3], [-1.2]])[: len(batch.tokens)]
+    slopes = -0.1 * jax.nn.sigmoid(-scores) * jnp.array([1, -1]) / len(scores)  # of the loss by every ELBO
+
+    def summands(params, drawn):
+        each = slopes * toy_elbos(params, batch, drawn)
+        return each.sum(0) if one_pair else each.sum()[None]
+
+    @jax.jit
+    def stacked(time):
+        drawn = problem.draw(batch, noise.Scheme(1, 3), time, "evaluate")
+        return jax.vmap(lambda one: jax.jacrev(summands)(params, one))(jax.tree.map(lambda x: x[:, None], drawn))
+
+    nested = jax.jit(problem.nested, static_argnames="n_yt")
+    grads, squares, of_times, whole = [], [], [], problem.zero(params)
+    norms = jax.jit(lambda moments: jnp.stack([variance.squared_norms(m.total, PARTS) for m in moments]))
+    for time in range(5):
+        grads.append(stacked(time))
+        _, _, moments, square = nested(params, reference, batch, jnp.int32(time), scores, n_yt=3)
+        squares.append(square)
+        of_times.append(norms(moments))
+        whole = jax.tree.map(jnp.add, whole, moments)
+    found = variance.decompose_norms(*map(np.asarray, (jnp.stack(squares), jnp.stack(of_times), norms(whole))))
+
+    # Of every coordinate, summand by summand.
+    split = jax.jit(lambda *grads: jax.tree.map(lambda *g: variance.decompose(jnp.stack(g)), *grads))(*grads)
+    for name, values in (("v_t", found[0]), ("v_yt", found[1])):
+        slope, table = (np.asarray(getattr(split[x], name)) for x in ("slope", "table"))
+        expected = [slope.sum() + table.sum(), slope.sum(), table[:, 1].sum()]
+        np.testing.assert_allclose(values, expected, rtol=1e-3, err_msg=name)
+
+
+def test_repeats_agree_with_their_prediction(toy):
     params, reference, batch, problem = toy
     repeat = jax.jit(problem.repeat, static_argnames="estimator")
     truth = jax.tree.map(jnp.zeros_like, params)
@@ -137,7 +204,7 @@ def test_repeats_agree_with_their_prediction_and_with_autodiff(toy):
     terms = jnp.stack([o[0][0] for o in outs])  # [t, y, r, s] of the policy
     split = variance.decompose(terms)
     for scheme, found in elbos.items():
-        predicted = np.asarray(split.predict(scheme.n_t, scheme.n_yt))
+        predicted = variance.predicted_variance(split.v_t, split.v_yt, scheme.n_t, scheme.n_yt)
         np.testing.assert_allclose(found[:, 0].var(0, ddof=1), predicted, rtol=0.25)
     shares = np.stack([o[1] for o in outs])
     assert shares.min() > 0 and shares.max() == 1
@@ -219,18 +286,25 @@ def test_theorem_4_holds_for_the_sample_variances_of_a_few_wild_repeats():
 
 def test_the_best_density_of_times_is_that_of_enumeration_and_of_drawing_from_it():
     rng = np.random.default_rng(0)
-    sizes = np.arange(1.0, 11.0) ** 2  # of the term in each tenth of masked shares; its sign is a coin's
+    sizes = np.arange(1.0, 21.0)  # of the term in each twentieth of sqrt(l / L); its sign is a coin's
+    width = np.diff((np.arange(21) / 20) ** 2)
     shares = rng.random((4000, 2, 3, 2))
-    squares = sizes[np.minimum(shares * 10, 9).astype(int)] ** 2
-    found = variance.best_times(squares, shares, np.full(3, np.mean(sizes**2)))
-    drawn = rng.choice(10, 100_000, p=sizes / sizes.sum())
-    terms = rng.choice([-1, 1], drawn.size) * sizes[drawn] / (10 * sizes / sizes.sum())[drawn]
-    assert found(np.arange(3)) == pytest.approx(terms.var() / np.mean(sizes**2), rel=0.03)
+    squares = sizes[(np.sqrt(shares) * 20).astype(int)] ** 2
+    mean, second = width @ sizes, width @ sizes**2
+    found = variance.best_times(squares, shares, np.full(3, second))
+    drawn = rng.choice(20, 100_000, p=width * sizes / mean)
+    terms = rng.choice([-1, 1], drawn.size) * sizes[drawn] / (sizes / mean)[drawn]
+    assert found(np.arange(3)) == pytest.approx(terms.var() / second, rel=0.03)
     assert 0 < abs(found(np.array([1, 1])) - found(np.arange(3))) < 0.05
     # Without the coin a term divided by a density that goes as the term is constant: nothing is left.
-    alike = variance.best_times(squares, shares, np.full(3, np.var(sizes)))(np.arange(3))
+    alike = variance.best_times(squares, shares, np.full(3, second - mean**2))(np.arange(3))
     assert alike == pytest.approx(0, abs=0.05)
-    # What no density changes, a constant, is not counted as variance; at l = L, a share of 1 is the last tenth.
+    # Squares as 1 / l, each l once: what the parts' width costs is little for long responses too.
+    for size in (16, 200, 1000):
+        l = np.arange(1, size + 1).repeat(2).reshape(size, 1, 1, 2)
+        found = variance.best_times(1 / l, l / size, np.array([np.mean(1 / l)]))(np.arange(1))
+        assert found == pytest.approx(np.mean(l**-0.5) ** 2 / np.mean(1 / l), rel=0.006)
+    # What no density changes, a constant, is not counted as variance; at l = L, a share of 1 is in the last part.
     constant = variance.best_times(np.full((8, 2, 1, 2), 9.0), np.linspace(0.1, 1, 32).reshape(8, 2, 1, 2), np.ones(1))
     assert constant(np.arange(1)) == pytest.approx(1)
 
@@ -291,6 +365,72 @@ def test_the_table_of_one_pair_a_batch_has_theorem_4_and_both_limits():
     assert variance_report.as_text(table).count("best independent times / iid") == 2
 
 
+def test_the_table_against_numbers_by_hand():
+    estimators = (
+        Estimator(noise.Scheme(2), name="vrpo"),
+        Estimator(noise.Scheme(1, 2), name="one time"),
+        Estimator(noise.Scheme(4, times="stratified"), name="ours"),
+    )
+    # Winner's ELBO under the policy, all other ELBOs 0: the score is half of it. By estimator, pair and repeat.
+    winners = {"vrpo": ([2, 4, 6], [0, 4, 8]), "one time": ([1, 3, 8], [0, 0, 0]), "ours": ([4, 5, 6], [2, 4, 6])}
+    true_winners = ([2, 4], [3, 5])  # two halves of the truth
+    traces, mean_errors, truth_variances = {"vrpo": (4, 6), "one time": (1, 1), "ours": (3, 1)}, (1, 3), (0.1, 0.3)
+
+    def elbos(values, pair):  # the second row of the second batch is no pair
+        out = np.zeros((*np.shape(values), 2, 1 + pair, 2))
+        out[..., 0, 0, 0] = values
+        out[..., 1:, :] = 1e6
+        return out
+
+    found = []
+    for pair in range(2):
+        truth = {"is_pair": np.array([[True], [False]])[: 1 + pair], "elbos": elbos(true_winners[pair], pair),
+                 "variance": np.array([truth_variances[pair]])}  # fmt: skip
+        # Three times with means 1, 2, 3, and 0.5 to both sides of each: V_yt 0.5, V_t 1 - 0.5 / 2.
+        nested = {"terms": elbos([[0.5, 1.5], [1.5, 2.5], [2.5, 3.5]], pair), "v_t": np.array([3.0 + pair]),
+                  "shares": np.full((3, 2, 1 + pair, 2), 0.5), "v_yt": np.array([1.0])}  # fmt: skip
+        found.append({"truth": truth, "nested": nested})
+        for name, values in winners.items():
+            of = {"trace": [traces[name][pair]], "mean_error": [mean_errors[pair]], "error": np.ones((3, 1))}
+            found[pair][name] = {k: np.asarray(v, float) for k, v in of.items()} | {"elbos": elbos(values[pair], pair)}
+    table = variance_report.tabulate(found, estimators, parts=(EVERYTHING,), beta=0.5, flops=1e9)
+    vrpo, one_time, ours = table["columns"].values()
+
+    def loss(score):
+        return np.log(1 + np.exp(-score))
+
+    assert vrpo["score variance"][0] == pytest.approx((1 + 4) / 2) and ours["score variance"][0] == pytest.approx(0.625)
+    assert vrpo["score bias"][0] == pytest.approx((2 - 1.5 + 2 - 2) / 2)
+    assert ours["score bias"][0] == pytest.approx((2.5 - 1.5 + 2 - 2) / 2)
+    bias = (loss(np.array([1, 2, 3])).mean() - loss(1.5) + loss(np.array([0, 2, 4])).mean() - loss(2)) / 2
+    assert vrpo["loss bias"][0] == pytest.approx(bias)
+    # |mean error|^2 - the truth's variance - a third of one repeat's.
+    part = f"gradient bias^2: {EVERYTHING}"
+    assert vrpo[part][0] == pytest.approx(((1 - 0.1 - 4 / 3) + (3 - 0.3 - 6 / 3)) / 2)
+    assert ours[part][0] == pytest.approx(((1 - 0.1 - 3 / 3) + (3 - 0.3 - 1 / 3)) / 2)
+    # Four calls against two.
+    assert ours["score variance x cost / VRPO"][0] == pytest.approx(4 / 2 * 0.625 / 2.5)
+    assert ours[f"gradient variance: {EVERYTHING} x cost / VRPO"][0] == pytest.approx(4 / 2 * 2 / 5)
+    assert one_time[f"gradient variance: {EVERYTHING} x cost / VRPO"][0] == pytest.approx(2 / 2 * 1 / 5)
+    assert [column["FLOPs a pair"] for column in table["columns"].values()] == [8e9, 8e9, 16e9]
+    text = variance_report.as_text(table).splitlines()
+    assert text[0].split()[:3] == ["estimator", "n", "FLOPs"] and text[3].split()[:3] == ["ours", "4", "1.6e+10"]
+
+    # Only the winner's term varies: of a policy's ELBO half of it, of the score 2 x 0.5^2 x that half.
+    split = table["decomposition"]
+    measured = {name: [np.var(pair, ddof=1) for pair in of] for name, of in winners.items()}
+    for name, v_t, v_yt, found in (
+        ("policy ELBO", 0.75 / 2, 0.5 / 2, {k: np.mean(v) / 2 for k, v in measured.items()}),
+        ("score", 0.75 / 4, 0.5 / 4, {k: np.mean(v) / 4 for k, v in measured.items()}),
+        (f"gradient: {EVERYTHING}", 3.5, 1.0, {k: np.mean(v) for k, v in traces.items()}),
+    ):
+        assert [split[name][x][0] for x in ("V_t", "V_yt")] == pytest.approx([v_t, v_yt])
+        pairs = split[name]["predicted, measured"]
+        assert set(pairs) == {"vrpo", "one time"}  # the prediction is of iid times
+        assert pairs["vrpo"] == pytest.approx([v_t / 2 + v_yt / 2, found["vrpo"]])
+        assert pairs["one time"] == pytest.approx([v_t + v_yt / 2, found["one time"]])
+
+
 def test_bootstrap_covers():
     rng = np.random.default_rng(0)
     covered = 0
@@ -307,16 +447,58 @@ def test_bootstrap_covers():
         (["--schemes=n_t=four"], "'n_t=four' in 'n_t=four' sets nothing"),
         (["--schemes=time=iid"], "'time=iid' in 'time=iid' sets nothing"),
         (["--schemes=times=idd"], "times='idd' is not one of"),
+        (["--import=nowhere"], "--import=nowhere: No module named 'nowhere'; it must be importable from here"),
         (["--truth=3"], "--truth even"),
         (["--batch_rows=3"], "no multiple of the 8 shards"),
+        (["--batch_rows=0"], "--batch_rows=0 is no multiple of the 8 shards"),
+        (["--mc_chunk=-1"], "--mc_chunk=-1: at least 0"),
         (["--reference=nowhere"], "nowhere"),
+        (["--part=nowhere"], "no parameter 'nowhere'"),
+        (["--row_length=1"], "row_length=1"),
+        ([], "plots need matplotlib: pip install 'llada_jax[plot]', or --no_plots"),
     ],
 )
-def test_bad_flags_are_one_line(flags, message, tmp_path, capsys):
+def test_bad_flags_are_one_line_before_a_model_is_read(flags, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(variance_run.convert, "load", lambda *args: pytest.fail("a model was read"))
+    if not flags:
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
     argv = [f"--policy={SUDOKU}", f"--reference={SUDOKU}", f"--pairs=jsonl:{SUDOKU / 'pairs.jsonl.gz'}"]
     with pytest.raises(SystemExit) as error:
         variance_run.main([*argv, f"--out={tmp_path}", "--batch_rows=8", *flags])
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_scheme_of_an_imported_module_is_known(tmp_path, monkeypatch):
+    monkeypatch.setattr(noise, "TIMES", dict(noise.TIMES))
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_schemes.py").write_text("from llada_jax import noise\nnoise.TIMES['mine'] = noise.TIMES['iid']\n")
+    argv = ["--policy=p", "--reference=r", "--pairs=x", "--schemes=times=mine", "--mc_chunk=-1"]
+    for flags, message in (([], "times='mine' is not one of"), (["--import=my_schemes"], "--mc_chunk=-1: at least")):
+        with pytest.raises(SystemExit, match=message):
+            variance_run.main([*argv, *flags])
+
+
+def test_other_weights_at_the_same_path_do_not_reuse_results(tmp_path, monkeypatch):
+    def measure(run):
+        raise ValueError("measured")
+
+    monkeypatch.setattr(variance_run.Run, "measure", measure)
+    policy = shutil.copytree(SUDOKU, tmp_path / "policy")
+    weights = policy / "model.safetensors"
+
+    def ends_with():
+        argv = [f"--policy={policy}", f"--reference={SUDOKU}", f"--pairs=jsonl:{SUDOKU / 'pairs.jsonl.gz'}"]
+        argv += ["--template=plain", "--no_eos", "--row_length=66", "--pairs_limit=8", "--batch_rows=8", "--no_plots"]
+        with pytest.raises(SystemExit) as error:
+            variance_run.main([*argv, f"--out={tmp_path / 'out'}"])
+        return str(error.value)
+
+    assert ends_with() == "error: measured"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    refused = ends_with()
+    assert "holds results with other weights of the policy=" in refused and "give another --out" in refused
+    assert "reference" not in refused and "\n" not in refused
 
 
 @pytest.mark.slow
@@ -368,7 +550,9 @@ def measured(tmp_path_factory):
         "--dtype=float32",
     ]  # fmt: skip
     variance_run.main([*argv, f"--out={out}"])
-    return argv, arrays_in(out)
+    arrays = arrays_in(out)
+    assert len(arrays) == 12
+    return argv, arrays
 
 
 def arrays_in(out):
@@ -376,10 +560,20 @@ def arrays_in(out):
 
 
 def assert_measured_alike(found, expected):
-    assert found.keys() == expected.keys() and len(found) >= 13
+    assert found.keys() == expected.keys()
     for name, values in expected.items():
         # Sums in another order, in float32; of a difference of two models that are the same nothing but those is left.
         np.testing.assert_allclose(found[name], values, rtol=1e-3, atol=1e-4 * np.abs(values).max(), err_msg=str(name))
+
+
+@pytest.mark.slow
+def test_without_gradients_the_rest_is_the_same(measured, tmp_path, capsys):
+    argv, expected = measured
+    variance_run.main([*argv, f"--out={tmp_path}", "--no_gradient"])
+    rest = {name: x for name, x in expected.items() if name[1] in ("elbos", "is_pair", "terms", "shares")}
+    assert_measured_alike(arrays_in(tmp_path), rest)
+    text = capsys.readouterr().out
+    assert "score: V_t" in text and "grad" not in text
 
 
 @pytest.mark.slow
