@@ -155,12 +155,13 @@ def _newest_good(paths: list[epath.Path], abstract, only: tuple[str, ...]):
         try:
             state, extra = _load(path, abstract, only)
         except _Damaged as error:
-            damaged[int(path.name)] = error
+            damaged[int(path.name)] = str(error)  # the error itself would keep what was read in memory
             continue
         if damaged:
             reasons = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
             logging.warning("Damaged checkpoints in %s (%s); going on from step %s.", path.parent, reasons, path.name)
         return path, state, extra, list(damaged)
+    _all_have(-1, True)
     if damaged:
         reasons = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
         raise ValueError(
@@ -172,6 +173,35 @@ def _newest_good(paths: list[epath.Path], abstract, only: tuple[str, ...]):
 
 def _load(path: epath.Path, abstract, only: tuple[str, ...]):
     """One step, verified: (tree, extra). `only`: the top-level parts to read; abstract=None takes them as saved."""
+    failure = ""
+    try:
+        tree, saved, extra = _read(path, abstract, only)
+    except _Damaged as error:
+        failure = str(error)
+    # A host reads only its own shards, so one may fail where others do not: all take this step, or all fall back.
+    if not _all_have(int(path.name), not failure):
+        raise _Damaged(failure or "another host cannot read it")
+    found = _describe(tree)
+    changed = [name for name in saved if found[name] != saved[name]]
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise _Damaged(f"contents of {', '.join(changed[:3])}{more} are not what was saved")
+    return tree, extra
+
+
+def _all_have(step: int, read: bool) -> bool:
+    """Whether every host has read its part of a step (-1: no step is left); ValueError where hosts are at others."""
+    found = multihost_utils.process_allgather(np.asarray([step, read], np.int32))
+    if len(np.unique(found[:, 0])) > 1:
+        raise ValueError(
+            f"the hosts see different checkpoints (steps {found[:, 0].tolist()}, -1: none): start all again, with a "
+            "--workdir on a shared file system or gs://"
+        )
+    return bool(found[:, 1].all())
+
+
+def _read(path: epath.Path, abstract, only: tuple[str, ...]):
+    """(tree, what was saved of each leaf, extra) of one step, this host's shards alone and not yet verified."""
     record = _record(path)
     saved = {name: leaf for name, leaf in record["leaves"].items() if not only or name.split("/")[0] in only}
     if abstract is None:
@@ -180,25 +210,16 @@ def _load(path: epath.Path, abstract, only: tuple[str, ...]):
     wanted = jax.tree_util.tree_map_with_path(lambda keys, leaf: _placed(leaf, saved[_name(keys)][0]), abstract)
     context, host = ocp.Context(), jax.process_index()
     context.pytree.loading.partial_load = bool(only)
-    # A host reads only its own shards, so one may fail where others do not; the others would wait for it in Orbax's
-    # barriers. So each loads as if alone, and then they agree: all take this step, or all fall back.
+    # Where one host fails, the others would wait for it in Orbax's barriers: each loads as if alone.
     context.multiprocessing.active_processes = {host}
     context.multiprocessing.primary_host = host
     context.multiprocessing.barrier_sync_key_prefix = f"host{host}"
-    tree, failure = None, ""
     try:
         with context:
             tree = ocp.load_checkpointables(path, {_ITEM: wanted})[_ITEM]
     except Exception as error:  # Orbax raises whatever the layer below did, often as a KeyError about its handlers
-        failure = f"files are missing or cut short ({_cause_of_damage(error)})"
-    if not np.all(multihost_utils.process_allgather(np.asarray(not failure))):
-        raise _Damaged(failure or "another host cannot read its shards")
-    found = _describe(tree)
-    changed = [name for name in saved if found[name] != saved[name]]
-    if changed:
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise _Damaged(f"contents of {', '.join(changed[:3])}{more} are not what was saved")
-    return tree, record["extra"]
+        raise _Damaged(f"files are missing or cut short ({_cause_of_damage(error)})") from error
+    return tree, saved, record["extra"]
 
 
 def _record(path: epath.Path) -> dict:

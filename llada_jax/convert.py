@@ -400,7 +400,8 @@ def _copy_tokenizer(source: epath.Path, folder: epath.Path, required: bool):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m llada_jax.convert", description=__doc__.splitlines()[0])
+    about = f"{__doc__.splitlines()[0]} Runs on the CPU: the model has to fit the host's memory."
+    parser = argparse.ArgumentParser(prog="python -m llada_jax.convert", description=about)
     commands = parser.add_subparsers(dest="command", required=True)
     into = commands.add_parser("import", help="a Hugging Face style folder becomes a checkpoint of ours")
     into.add_argument("hf_dir", metavar="HF_DIR", help="config.json, safetensors, tokenizer files")
@@ -430,4 +431,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")  # the whole model goes to one device
     sys.exit(main())

@@ -36,7 +36,8 @@ def initialize(coordinator_address: str | None = None, num_processes: int | None
 
     What is None is taken from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; where those are not set
     either, from the platform (TPU pod, GKE, Slurm, Open MPI), as `jax.distributed.initialize` finds it. One process
-    with nothing of it stays alone. ValueError where one of the three is given and another is not.
+    with nothing of it stays alone. ValueError where one of the three is given and another is not, ConnectionError where
+    the others are not reached.
     """
     given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
     for name, variable in _EXPLICIT.items():
@@ -55,14 +56,22 @@ def initialize(coordinator_address: str | None = None, num_processes: int | None
         if ":" not in given["coordinator_address"]:
             raise ValueError(f"coordinator_address={given['coordinator_address']} has no port: give HOST:PORT")
         # Every device of the host belongs to this process; a Slurm job around it is not asked.
-        _join(**given, cluster_detection_method="deactivate")
-    elif _platform_has_many():
-        _join()
-    elif _is_tpu_vm():
-        try:
-            _join()
-        except (ValueError, RuntimeError, OSError) as error:  # a TPU of one host may have no metadata of a pod
+        known["cluster_detection_method"] = "deactivate"
+    may_be_alone = not known and not _platform_has_many()
+    if may_be_alone and not _may_be_in_pod():
+        return
+    try:
+        _join(**known)
+    except (ValueError, RuntimeError, OSError) as error:
+        # Where no metadata server is found, and where it knows of no pod. JAX keeps its client even if that failed.
+        no_pod = isinstance(error, OSError) or "coordinator_address should be defined" in str(error)
+        if may_be_alone and no_pod and not jax.distributed.is_initialized():
             logging.warning("No TPU pod found (%s); going on as one host.", error)
+            return
+        raise ConnectionError(
+            f"this process could not join the others of the run ({' '.join(str(error).split())}): see whether each "
+            "runs and reaches the coordinator, and start all again"
+        ) from error
 
 
 def _enough_threads():
@@ -103,12 +112,16 @@ def _platform_has_many() -> bool:
     env = os.environ
     slurm = "SLURM_STEP_NODELIST" in env and "SLURM_PROCID" in env and env.get("SLURM_NTASKS", "1") != "1"
     mpi = "OMPI_MCA_orte_hnp_uri" in env and env.get("OMPI_COMM_WORLD_SIZE", "1") != "1"
-    hosts = env.get("TPU_PROCESS_ADDRESSES", env.get("TPU_WORKER_HOSTNAMES", ""))
-    return slurm or mpi or "," in hosts or env.get("MEGASCALE_NUM_SLICES", "1") not in ("", "1")
+    return slurm or mpi or "," in _tpu_hosts() or env.get("MEGASCALE_NUM_SLICES", "1") not in ("", "1")
 
 
-def _is_tpu_vm() -> bool:
-    if "TPU_SKIP_MDS_QUERY" in os.environ or os.environ.get("JAX_PLATFORMS", "tpu").find("tpu") < 0:
+def _tpu_hosts() -> str:
+    return os.environ.get("TPU_PROCESS_ADDRESSES", os.environ.get("TPU_WORKER_HOSTNAMES", ""))
+
+
+def _may_be_in_pod() -> bool:
+    """Whether this is a TPU VM that only a metadata server can tell from the worker of a pod."""
+    if "TPU_SKIP_MDS_QUERY" in os.environ or os.environ.get("JAX_PLATFORMS", "tpu").find("tpu") < 0 or _tpu_hosts():
         return False
     devices = any(pathlib.Path("/dev").glob("accel[0-9]*")) or any(pathlib.Path("/dev/vfio").glob("[0-9]*"))
     return devices and importlib.util.find_spec("libtpu") is not None

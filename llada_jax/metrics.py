@@ -82,18 +82,26 @@ class Writer:
     """Writes metrics to workdir/metrics.jsonl (one line a call) and as TensorBoard scalars to workdir/tb.
 
     `start_step` is the step a run continues from: what an earlier process logged beyond it, after its last checkpoint,
-    is dropped, since those steps will be run and logged again. Only process 0 of a pod writes. Object stores cannot
-    append: on a path with "://" metrics.jsonl is written whole at most every `remote_seconds`, and at `flush`.
+    is dropped, since those steps will be run and logged again; under `evaluates_again` so is what it logged as "eval/"
+    at that step. Only process 0 of a pod writes. Object stores cannot append: on a path with "://" metrics.jsonl is
+    written whole at most every `remote_seconds`, and at `flush`.
     """
 
-    def __init__(self, workdir: epath.PathLike, start_step: int = 0, *, remote_seconds: float | int = 60):
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        start_step: int = 0,
+        *,
+        evaluates_again: bool = False,
+        remote_seconds: float | int = 60,
+    ):
         self._enabled = jax.process_index() == 0
         if not self._enabled:
             return
         workdir = epath.Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         self._path = workdir / "metrics.jsonl"
-        self._lines = _lines_until(self._path, start_step)
+        self._lines = _lines_until(self._path, start_step, evaluated=not evaluates_again)
         self._rewrite()
         self._remote_seconds = remote_seconds
         self._file = None
@@ -164,12 +172,14 @@ def _is_remote(path: epath.Path) -> bool:
     return "://" in str(path)
 
 
-def _lines_until(path: epath.Path, step: int) -> list[str]:
-    """The whole lines of a metrics file up to a step; a line torn by a crash is left out."""
+def _lines_until(path: epath.Path, step: float | int, evaluated: bool = True) -> list[str]:
+    """The whole lines of a metrics file up to a step, and its evaluation if `evaluated`; none torn by a crash."""
     lines = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
-            if json.loads(line)["step"] <= step:
+            found = json.loads(line)
+            again = not evaluated and found["step"] == step and any(name.startswith("eval/") for name in found)
+            if found["step"] <= step and not again:
                 lines.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
@@ -280,7 +290,7 @@ def read(workdir: epath.PathLike, metric: str) -> tuple[list[int], list[float], 
     path = epath.Path(workdir) / "metrics.jsonl"
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: {workdir} is not the workdir of a run")
-    found = [line for line in map(json.loads, path.read_text().splitlines()) if line.get(metric) is not None]
+    found = [line for line in map(json.loads, _lines_until(path, math.inf)) if line.get(metric) is not None]
     if not found:
         raise ValueError(f"{path} has no {metric!r}: see its lines for the names that it has")
     errors = [line.get(f"{metric}_stderr") for line in found]
@@ -297,8 +307,10 @@ def main(argv: Sequence[str] | None = None):
     parser.add_argument("--metric", default="loss")
     parser.add_argument("--out", required=True, help="a PNG, SVG or PDF file")
     args = parser.parse_args(argv)
-    from matplotlib import pyplot  # an optional dependency
-
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        sys.exit("error: plots need matplotlib: pip install 'llada_jax[plot]'")
     figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
     try:
         for run in args.runs:

@@ -57,7 +57,8 @@ def _train(plan: Plan, saved: checkpoint.Checkpoints, stop: distributed.Stop) ->
         distributed.say(f"continuing from step {int(current.step)} of {plan.num_steps} in {plan.workdir}")
     start = int(current.step)
 
-    policy_reference = _Reference(plan, shardings.params, stop) if c.objective == "vrpo" else None
+    end_index = next_index + max(plan.num_steps - start, 0) * c.data.batch_rows
+    policy_reference = _Reference(plan, shardings.params, stop, end_index) if c.objective == "vrpo" else None
     # What a run may not change in the middle.
     identity = {
         "data": plan.rows.fingerprint,
@@ -80,8 +81,13 @@ def _train(plan: Plan, saved: checkpoint.Checkpoints, stop: distributed.Stop) ->
         writer.flush()
         saved.save(step, current, extra)
 
+    def is_due(step):
+        return step in (0, plan.num_steps) or (c.eval.every > 0 and step % c.eval.every == 0)
+
+    # Unless it is in the history: a run that was stopped went without the evaluation of its last step.
+    evaluates_first = is_due(start) and (not history or history[-1]["step"] < start)
     with (
-        metrics.Writer(plan.workdir, start) as writer,
+        metrics.Writer(plan.workdir, start, evaluates_again=evaluates_first) as writer,
         metrics.Progress(plan.num_steps, start, show=show, every=c.eval.seconds_between_lines) as progress,
     ):
 
@@ -97,9 +103,6 @@ def _train(plan: Plan, saved: checkpoint.Checkpoints, stop: distributed.Stop) ->
                         f"the checkpoints in {plan.workdir} are from before"
                     )
 
-        def is_due(step):
-            return step in (0, plan.num_steps) or (c.eval.every > 0 and step % c.eval.every == 0)
-
         def run_evaluations(step):
             found = evaluations.run(current.params)
             history.append({"step": step, **found})
@@ -107,8 +110,7 @@ def _train(plan: Plan, saved: checkpoint.Checkpoints, stop: distributed.Stop) ->
                 writer.write(step, {f"eval/{name}": value for name, value in found.items()})
                 distributed.say(f"evaluation at step {step}: {_shown(found)}")
 
-        # Unless it is in the history: a run that was stopped went without the evaluation of its last step.
-        if is_due(start) and (not history or history[-1]["step"] < start):
+        if evaluates_first:
             run_evaluations(start)
         pending = None
         for step in range(start + 1, plan.num_steps + 1):
@@ -168,9 +170,12 @@ def jit_update(plan: Plan, shardings):
 
 
 class _Reference:
-    """The reference policy as `vrpo_step` and the evaluation want it: parameters, or cached terms of a batch."""
+    """The reference policy as `vrpo_step` and the evaluation want it: parameters, or cached terms of a batch.
 
-    def __init__(self, plan: Plan, shardings, stop: distributed.Stop):
+    `end_index`: of the loader after the last step.
+    """
+
+    def __init__(self, plan: Plan, shardings, stop: distributed.Stop, end_index: int):
         c = plan.config
         self._plan, self._stop = plan, stop
         self._settings = {"train": plan.settings, "heldout": plan.eval_settings}
@@ -179,7 +184,7 @@ class _Reference:
         self.fingerprint = checkpoint.fingerprint(self._params)
         self._caches = {}
         if c.vrpo.reference == "cached":
-            epochs = -(-plan.num_steps * c.data.batch_rows // len(plan.rows))
+            epochs = -(-end_index // len(plan.rows))
             self._caches["train"] = self._fill("train", plan.rows, epochs)
             if plan.heldout is not None:
                 self._caches["heldout"] = self._fill("heldout", plan.heldout, 1)
@@ -263,27 +268,20 @@ class _Evaluation:
 
     def __init__(self, plan: Plan, policy_reference: _Reference | None, stop: distributed.Stop):
         self._plan, self._reference, self._stop = plan, policy_reference, stop
-        rows = (False, True)
+        c = plan.config
         kwargs = {"model": plan.model, "num_segments": plan.num_segments, "axis_name": plan.parallel.axis_name}
+        jit = functools.partial(plan.parallel.jit, out_rows=False, out_shardings=mesh_lib.replicated(plan.mesh))
         if policy_reference is None:
             # One draw at a time: the memory of training may be that of one.
-            kwargs |= {"scheme": noise.Scheme(plan.config.eval.n_t or 8), "seed": plan.config.seed, "chunk": 1}
-            function = functools.partial(evaluate.denoising_metrics, **kwargs)
+            kwargs |= {"scheme": noise.Scheme(c.eval.n_t or 8), "seed": c.seed, "chunk": 1}
+            self._metrics = jit(functools.partial(evaluate.denoising_metrics, **kwargs), (False, True))
         else:
-            rows += (True,)
             function = functools.partial(evaluate.preference_metrics, settings=plan.eval_settings, **kwargs)
-        self._repeats = plan.config.eval.variance_repeats
-        if self._repeats:
-            rows += (False,)
-            alone = function
-            kwargs |= {"settings": plan.settings, "repeats": self._repeats}
-
-            # One program: on CPU, collectives of two under way at once can wait for each other.
-            def function(params, batch, terms, reference):
-                return alone(params, batch, terms) | evaluate.score_variance(params, batch, reference, **kwargs)
-
-        out_shardings = mesh_lib.replicated(plan.mesh)
-        self._metrics = plan.parallel.jit(function, rows, out_rows=False, out_shardings=out_shardings)
+            self._metrics = jit(function, (False, True, True))
+        self._variance = None
+        if c.eval.variance_repeats:
+            kwargs |= {"settings": plan.settings, "repeats": c.eval.variance_repeats}
+            self._variance = jit(functools.partial(evaluate.score_variance, **kwargs), (False, True, False))
 
     def run(self, params) -> dict[str, float]:
         """The metrics of these parameters; raises Stopped where the run is asked to stop meanwhile."""
@@ -295,9 +293,10 @@ class _Evaluation:
 
             def metrics_of(batch):
                 self._stop.check()
+                placed = plan.parallel.put(batch)
                 extra = () if self._reference is None else (self._reference.terms(batch),)
-                extra += (self._reference.of(batch),) if self._repeats else ()
-                return self._metrics(params, plan.parallel.put(batch), *extra)
+                means = self._metrics(params, placed, *extra)
+                return means | self._variance(params, placed, self._reference.of(batch)) if self._variance else means
 
             batches = _loader(
                 plan, plan.heldout, batch_rows=batch_rows, seed=c.seed, shuffle=False, epochs=1, pad=True

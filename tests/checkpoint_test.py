@@ -277,6 +277,12 @@ def test_hosts_fall_back_together(tmp_path):
         sharding = NamedSharding(Mesh(np.array(jax.devices()), ("fsdp",)), P("fsdp"))
         wanted = {"params": make_state().opt_state}
         wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), wanted)
+        record, lost = checkpoint._record, sys.argv[5:] == [sys.argv[3]]
+        def reading(path):
+            if lost and path.name == "2":
+                raise checkpoint._Damaged("no record of its contents can be read")
+            return record(path)
+        checkpoint._record = reading
         with checkpoint.Checkpoints(sys.argv[4]) as checkpoints:
             found = checkpoints.restore(wanted)
             for step in (1, 2) if found is None else ():
@@ -289,11 +295,11 @@ def test_hosts_fall_back_together(tmp_path):
     """
     root = str(pathlib.Path(__file__).resolve().parent.parent)
 
-    def run_two():
+    def run_two(*more):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
-        commands = [[sys.executable, "-c", code, root, address, str(host), str(tmp_path)] for host in (0, 1)]
+        commands = [[sys.executable, "-c", code, root, address, str(host), str(tmp_path), *more] for host in (0, 1)]
         environment = {**os.environ, "XLA_FLAGS": ""}  # one device a host
         hosts = [
             subprocess.Popen(c, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -308,6 +314,18 @@ def test_hosts_fall_back_together(tmp_path):
         return [out for out, _ in outputs]
 
     run_two()
+    one = "restored {'next_index': 1} True"
+    assert all(one in out for out in run_two("1"))  # the second host alone cannot read the record
     path, _ = file_with(tmp_path / "2", make_state(2).opt_state[0]["nu"][256:])  # the second host's shard
     path.write_bytes(path.read_bytes()[:5000])
-    assert all("restored {'next_index': 1} True" in out for out in run_two())
+    assert all(one in out for out in run_two())
+
+
+@pytest.mark.parametrize("saved, others, shown", [((1,), 2, "1, 2"), ((), 1, "-1, 1"), ((1,), -1, "1, -1")])
+def test_hosts_that_see_different_steps_are_one_error(tmp_path, monkeypatch, saved, others, shown):
+    save_steps(tmp_path, *saved)
+    monkeypatch.setattr(checkpoint.multihost_utils, "process_allgather", lambda mine: np.stack([mine, [others, 1]]))
+    message = rf"the hosts see different checkpoints \(steps \[{shown}\].*--workdir"
+    with checkpoint.Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match=message) as error:
+        checkpoints.restore(abstract(make_state(), one_device()))
+    assert "\n" not in str(error.value)

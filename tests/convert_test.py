@@ -1,6 +1,7 @@
 """Conversion against the authors' outputs, an independent float64 NumPy LLaDA, and itself there and back."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -335,7 +336,14 @@ def test_import_and_export_by_command(tmp_path, capsys):
         assert capsys.readouterr().err.startswith("error: ") and not (tmp_path / "x").exists()
 
 
-def test_the_module_runs(tmp_path):
-    command = [sys.executable, "-m", "llada_jax.convert", "export", str(tmp_path / "nowhere"), str(tmp_path / "x")]
-    done = subprocess.run(command, capture_output=True, text=True)
+def test_the_module_runs_on_the_cpu(tmp_path):
+    folder = write_folder(tmp_path / "hf", GQA, numpy_weights(GQA))
+    environment = os.environ | {"JAX_PLATFORMS": "cuda"}  # which is not here: asking for its devices is an error
+
+    def run(*arguments):
+        command = [sys.executable, "-m", "llada_jax.convert", *map(str, arguments)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    assert run("import", folder, tmp_path / "ours").returncode == 0
+    done = run("export", tmp_path / "nowhere", tmp_path / "x")
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "does not exist" in done.stderr

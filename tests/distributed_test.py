@@ -1,6 +1,10 @@
 """How processes find each other: flags, environment, platform; what is incomplete is refused."""
 
+import importlib.util
 import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -77,6 +81,82 @@ def test_what_the_platform_offers(called, monkeypatch, environment, joins):
         monkeypatch.setenv(name, value)
     distributed.initialize()
     assert called == ([{}] if joins else [])
+
+
+@pytest.fixture
+def tpu_vm(called, monkeypatch):
+    """As `called`, on a machine with TPU chips."""
+    for name in ("TPU_SKIP_MDS_QUERY", "JAX_PLATFORMS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pathlib.Path, "glob", lambda *_: iter(["accel0"]))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    return called
+
+
+@pytest.mark.parametrize(
+    "environment, joins",
+    [
+        ({}, True),
+        ({"TPU_PROCESS_ADDRESSES": "local", "TPU_WORKER_HOSTNAMES": "localhost"}, False),  # as Kaggle sets them
+        ({"TPU_SKIP_MDS_QUERY": "1"}, False),
+        ({"JAX_PLATFORMS": "cpu"}, False),
+    ],
+)
+def test_a_tpu_vm_may_be_in_a_pod(tpu_vm, monkeypatch, environment, joins):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    distributed.initialize()
+    assert tpu_vm == ([{}] if joins else [])
+
+
+NO_POD = ValueError("coordinator_address should be defined.")
+NO_SERVER = ConnectionError("metadata.google.internal: name not known")  # requests' errors are OSErrors too
+
+
+def joining_raises(monkeypatch, error, connected=False):
+    def join(**settings):
+        raise error
+
+    monkeypatch.setattr(distributed, "_join", join)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: connected)
+
+
+@pytest.mark.parametrize("error", [NO_POD, NO_SERVER])
+def test_a_tpu_vm_without_a_pod_goes_on_as_one_host(tpu_vm, monkeypatch, caplog, error):
+    joining_raises(monkeypatch, error)
+    distributed.initialize()
+    assert f"No TPU pod found ({error}); going on as one host." in caplog.text
+
+
+@pytest.mark.parametrize(
+    "error, connected, environment",
+    [
+        (RuntimeError("Failed to recognize coordinator address t1v-w-0"), False, {}),
+        (jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Deadline Exceeded\n\nRPC: RegisterTask"), True, {}),
+        (ValueError("unsupported worker-network-endpoints format: a:b"), False, {}),
+        (NO_POD, True, {}),
+        (NO_SERVER, True, {}),
+        (NO_POD, False, {"TPU_WORKER_HOSTNAMES": "a,b"}),
+        (NO_SERVER, False, {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}),
+    ],
+)
+def test_a_join_that_failed_is_one_line(tpu_vm, monkeypatch, error, connected, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    joining_raises(monkeypatch, error, connected)
+    with pytest.raises(ConnectionError, match="could not join the others of the run .*, and start all again") as e:
+        distributed.initialize()
+    assert " ".join(str(error).split()) in str(e.value) and "\n" not in str(e.value)
+
+
+def test_jax_itself_finds_no_pod_here():
+    code = (
+        "from llada_jax import distributed; distributed._may_be_in_pod = lambda: True; distributed.initialize();"
+        "print('alone')"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in CLEAN}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "alone\n" and "No TPU pod found" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -98,11 +99,13 @@ def test_progress_is_a_bar_on_a_terminal(capsys, monkeypatch):
     assert out == "" and "60%" in err and "step 6/10  loss 0.5" in err
 
 
-def test_curves_of_runs_are_plotted(tmp_path, capsys):
+def test_curves_of_runs_are_plotted(tmp_path, monkeypatch):
     for name, offset in (("a", 0.0), ("b", 0.5)):
         with metrics.Writer(tmp_path / name) as writer:
             writer.write(1, {"eval/x": 1.0 + offset, "eval/x_stderr": 0.1, "loss": math.nan})
             writer.write(3, {"eval/x": 2.0 + offset})
+    with open(tmp_path / "b" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "eval/x": 3.')  # a run that is writing, or crashed
     assert metrics.read(tmp_path / "b", "eval/x")[:2] == ([1, 3], [1.5, 2.5])
     out = tmp_path / "curve.png"
     metrics.main([f"a={tmp_path / 'a'}", f"b={tmp_path / 'b'}", "--metric=eval/x", f"--out={out}"])
@@ -110,3 +113,6 @@ def test_curves_of_runs_are_plotted(tmp_path, capsys):
     for run, metric, message in ((tmp_path / "a", "loss", "has no 'loss'"), (tmp_path / "c", "x", "does not exist")):
         with pytest.raises(SystemExit, match=message):
             metrics.main([f"a={run}", f"--metric={metric}", f"--out={out}"])
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match=r"error: plots need matplotlib: pip install 'llada_jax\[plot\]'$"):
+        metrics.main([f"a={tmp_path / 'a'}", "--metric=eval/x", f"--out={out}"])

@@ -249,6 +249,23 @@ def test_a_cached_reference_takes_the_same_steps(vrpo, vrpo_run, tmp_path, monke
     assert min(copies) == 6 and min(vrpo_run[1]) == 8
 
 
+def test_a_cached_reference_has_the_epochs_of_a_run_that_goes_on_with_smaller_batches(vrpo, tmp_path, monkeypatch):
+    def update(current, batch, terms):
+        return current.replace(step=current.step + 1), {"loss": 1.0, "grad_norm": 1.0}
+
+    monkeypatch.setattr(train, "jit_update", lambda *args: update)
+    cached = vrpo | {"vrpo.reference": "cached", "data.holdout": 0.0}
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        assert run(cached | {"data.batch_rows": 24}, tmp_path) == train.STOPPED
+    rows = len(plan_lib.make_plan(config_of(cached), tmp_path).rows)
+    assert NUM_STEPS * 8 <= 2 * rows <= 5 * 24  # another epoch than that of a run with the smaller batches alone
+    assert run(cached, tmp_path) == 0
+    assert [line["step"] for line in steps_of(tmp_path)] == list(range(1, NUM_STEPS + 1))
+    # And of one that has passed its end.
+    assert run(cached | {"num_steps": 1, "optimizer.warmup_steps": 0, "data.batch_rows": 40}, tmp_path) == 0
+
+
 # ---- stopping
 
 
@@ -281,6 +298,17 @@ class Killed(BaseException):
     pass
 
 
+def die_after_evaluating(patch, step):
+    write = metrics.Writer.write
+
+    def writing(self, at, values):
+        write(self, at, values)
+        if at == step and "eval/elbo_per_token" in values:
+            raise Killed
+
+    patch.setattr(metrics.Writer, "write", writing)
+
+
 def die_after_saving(patch, step):
     save = train.checkpoint.Checkpoints.save
 
@@ -295,8 +323,15 @@ def die_after_saving(patch, step):
 
 def test_a_run_that_is_stopped_in_every_way_takes_the_same_steps(sft, tmp_path, monkeypatch, capsys):
     handler = signal.getsignal(signal.SIGTERM)
-    # A signal during step 3, where an evaluation is due; a death between two steps; a signal during the last step.
-    for stop, after, at in ((stop_after, 2, 3), (die_after_saving, 4, 4), (stop_after, 5, NUM_STEPS)):
+    # A death before the first checkpoint; a signal during step 3, where an evaluation is due, and a death after that
+    # evaluation; a death between two steps; a signal during the last step.
+    for stop, after, at in (
+        (die_after_evaluating, 0, 0),
+        (stop_after, 2, 3),
+        (die_after_evaluating, 3, 3),
+        (die_after_saving, 4, 4),
+        (stop_after, 5, NUM_STEPS),
+    ):
         with monkeypatch.context() as patch:
             stop(patch, after)
             if stop is stop_after:
@@ -305,7 +340,7 @@ def test_a_run_that_is_stopped_in_every_way_takes_the_same_steps(sft, tmp_path, 
             else:
                 with pytest.raises(Killed):
                     run(SFT, tmp_path)
-        assert (tmp_path / "checkpoints" / str(at)).is_dir()
+        assert max((int(path.name) for path in (tmp_path / "checkpoints").iterdir()), default=0) == at
         assert signal.getsignal(signal.SIGTERM) is handler
     assert run(SFT, tmp_path) == 0
     printed = capsys.readouterr().out
@@ -482,6 +517,11 @@ def empty_prompts(tmp_path):
     return {"solve.prompts": empty_file(tmp_path)["data.train"]}
 
 
+def sampled_rows_beyond_the_kernel(tmp_path):
+    shape = arch(d_model=64, n_heads=1, embedding_size=16, max_sequence_length=128)
+    return shape | {"model.attention": "splash", "data.row_length": 128}
+
+
 def larger_vocabulary(tmp_path):
     content = json.loads(TOKENIZER.read_text())
     content["model"]["vocab"] |= {f"<{i}>": i for i in range(len(content["model"]["vocab"]), 20)}
@@ -526,8 +566,11 @@ BAD_SFT = [
     (empty_file, "empty.jsonl holds no record"),
     (bad_json, r"broken.jsonl:2: no JSON \(.*\); repair it"),
     (empty_prompts, "solve.prompts=.*empty.jsonl holds no record"),
-    ({"solve.gen_length": 64}, "a prompt of 17 tokens and solve.gen_length=64 exceed the model's max_.*=66"),
+    ({"solve.gen_length": 64, "solve.steps": 4}, "a prompt of 17 tokens and solve.gen_length=64 exceed the model.*=66"),
     ({"solve.scorer": "llada_jax.sudoku:none"}, "has no function none"),
+    ({"solve.block_length": 8, "solve.steps": 3}, "config.solve: steps=3 is not a positive multiple of the 2 blocks"),
+    ({"solve.batch_size": 0}, "config.solve.batch_size=0 must be at least 1"),
+    (sampled_rows_beyond_the_kernel, "rows of 33 positions are no multiple of 128"),
 ]
 BAD_VRPO = [
     ({"init_from": "", "data.tokenizer": str(TOKENIZER), **arch()}, "init_from is not set: VRPO starts from"),
