@@ -18,7 +18,9 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.remat = "none"  # "none", "dots" or "full": what a layer keeps for its backward pass
     c.model.attention = "auto"
     c.model.unroll = 1  # layers compiled one by one: all of a small model's run faster, one compiles the quickest
-    c.model.logps_chunk = 8192  # entries of the vocabulary whose logits are held at a time, for all positions
+    c.model.logps_chunk = (
+        8192  # entries of the vocabulary whose logits are held at a time, for all positions
+    )
 
     c.data = ml_collections.ConfigDict()
     c.data.train = ""  # jsonl:GLOB, tfds:NAME_OR_DIR, python:module:function?key=value
@@ -29,7 +31,9 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.row_length = 4096
     c.data.batch_rows = 16  # rows of all devices in one step
     c.data.append_eos = True
-    c.data.answer_multiple = 1  # sft: pad answers with EOS to a multiple; row_length: the published form
+    c.data.answer_multiple = (
+        1  # sft: pad answers with EOS to a multiple; row_length: the published form
+    )
     c.data.too_long = "drop"  # or "truncate"
     c.data.bad_records = "stop"  # or "skip"
     c.data.limit = 0  # records of the source to read, 0: all
@@ -52,18 +56,24 @@ def get_config() -> ml_collections.ConfigDict:
     c.vrpo.times = "iid"  # llada_jax/elbo.md says what these schemes are worth
     c.vrpo.masks = "exact"
     c.vrpo.weights = "plain"
-    c.vrpo.pseudo_count = 0.0  # of weights="leave_one_out" or "balanced": how near they stay to "plain"
+    c.vrpo.pseudo_count = (
+        0.0  # of weights="leave_one_out" or "balanced": how near they stay to "plain"
+    )
     c.vrpo.share_in_pair = "nothing"  # or "times", "masks": what winner and loser have in common
     c.vrpo.share_noise = True
     c.vrpo.mc_chunk = 0  # draws at a time; 0: all
-    c.vrpo.reference = "model"  # its parameters beside the policy's, or "cached": its terms computed beforehand
+    c.vrpo.reference = (
+        "model"  # its parameters beside the policy's, or "cached": its terms computed beforehand
+    )
     c.vrpo.reference_from = ""  # "": init_from
     c.vrpo.reference_dtype = ""  # "": param_dtype
 
     c.optimizer = ml_collections.ConfigDict()
     c.optimizer.peak = 1e-3  # learning rate after warm-up
     c.optimizer.warmup_steps = 100
-    c.optimizer.schedule = "cosine"  # after warm-up; or "constant", down in the last tenth of the steps
+    c.optimizer.schedule = (
+        "cosine"  # after warm-up; or "constant", down in the last tenth of the steps
+    )
     c.optimizer.end_fraction = 0.0  # of the peak, at the last step
     c.optimizer.b1 = 0.9
     c.optimizer.b2 = 0.95
@@ -86,7 +96,9 @@ def get_config() -> ml_collections.ConfigDict:
     c.eval.every = 0  # steps; 0: at the start and the end only
     c.eval.batch_rows = 0  # 0: as many as go through the model together in training
     c.eval.n_t = 0  # draws for the held-out metrics, noise shared; 0: 8
-    c.eval.variance_repeats = 0  # vrpo: score variance, V_t, V_yt by >= 3 repeats of 2 n + 4 forward passes; 0: off
+    c.eval.variance_repeats = (
+        0  # vrpo: score variance, V_t, V_yt by >= 3 repeats of 2 n + 4 forward passes; 0: off
+    )
     c.eval.seconds_between_lines = 10.0  # progress, where there is no terminal
 
     c.solve = ml_collections.ConfigDict()  # generate for held-out prompts and score the responses

@@ -13,8 +13,12 @@ GPU: 10,000 steps of 65,536 tokens) and "small" (1.8 M at 2048, for two CPU core
 from configs import base
 
 ARCH = {
-    "small": dict(d_model=128, n_heads=4, n_layers=6, mlp_hidden_size=384, max_sequence_length=1024),
-    "medium": dict(d_model=384, n_heads=6, n_layers=8, mlp_hidden_size=1024, max_sequence_length=1024),
+    "small": dict(
+        d_model=128, n_heads=4, n_layers=6, mlp_hidden_size=384, max_sequence_length=1024
+    ),
+    "medium": dict(
+        d_model=384, n_heads=6, n_layers=8, mlp_hidden_size=1024, max_sequence_length=1024
+    ),
 }
 
 

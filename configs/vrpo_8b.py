@@ -41,7 +41,9 @@ MESHES = {
 
 def get_config(chips: str = ""):
     if chips not in MESHES:
-        raise ValueError(f"configs/vrpo_8b.py:{chips} is not one of {', '.join(filter(None, MESHES))}")
+        raise ValueError(
+            f"configs/vrpo_8b.py:{chips} is not one of {', '.join(filter(None, MESHES))}"
+        )
     c = base.get_config()
     c.objective = "vrpo"
     c.model.arch = LLADA_8B

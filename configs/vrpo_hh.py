@@ -21,7 +21,9 @@ def get_config():
     c.data.batch_rows = 8
     c.data.holdout = 0.1
     c.data.too_long = "truncate"
-    c.data.bad_records = "skip"  # some transcripts differ before the last turn, some answers are empty
+    c.data.bad_records = (
+        "skip"  # some transcripts differ before the last turn, some answers are empty
+    )
     c.num_steps = 60
     c.vrpo.n_t = 4
     c.optimizer.peak = 1e-4

@@ -28,7 +28,9 @@ LAST_LINES = 20
 class Process:
     """One process of the cluster, in a group of its own, and the thread that shows its lines."""
 
-    def __init__(self, index: int, command: list[str], env: dict[str, str], log: pathlib.Path | None, lock):
+    def __init__(
+        self, index: int, command: list[str], env: dict[str, str], log: pathlib.Path | None, lock
+    ):
         self.index, self._log, self._lock = index, log, lock
         self.last: collections.deque[str] = collections.deque(maxlen=LAST_LINES)
         self._process = subprocess.Popen(
@@ -54,7 +56,11 @@ class Process:
                     log.write(line)
                     log.flush()
                 with self._lock:
-                    print(f"[{self.index}] {line}", end="" if line.endswith("\n") else "\n", flush=True)
+                    print(
+                        f"[{self.index}] {line}",
+                        end="" if line.endswith("\n") else "\n",
+                        flush=True,
+                    )
 
     def poll(self) -> int | None:
         """The exit status, or None while it runs."""
@@ -81,7 +87,9 @@ def free_port() -> int:
 
 def environment(index: int, processes: int, devices: int, port: int) -> dict[str, str]:
     """What process `index` finds in its environment."""
-    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
+    flags = re.sub(
+        r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", "")
+    )
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}".strip(),
@@ -92,7 +100,9 @@ def environment(index: int, processes: int, devices: int, port: int) -> dict[str
     }
 
 
-def run(command: list[str], processes: int, devices: int, logs: pathlib.Path | None, grace: float) -> int:
+def run(
+    command: list[str], processes: int, devices: int, logs: pathlib.Path | None, grace: float
+) -> int:
     """Runs the cluster to its end; the exit status of the first process that fails, or 0."""
     port, lock = free_port(), threading.Lock()
     if logs:
@@ -138,11 +148,19 @@ def run(command: list[str], processes: int, devices: int, logs: pathlib.Path | N
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--processes", type=int, default=2, help="how many (default: 2)")
-    parser.add_argument("--devices", type=int, default=4, help="virtual CPU devices of each (default: 4)")
-    parser.add_argument("--logs", type=pathlib.Path, help="also write the lines to LOGS/process<i>.log")
-    parser.add_argument("--grace", type=float, default=15, help="seconds that the others have when one fails")
+    parser.add_argument(
+        "--devices", type=int, default=4, help="virtual CPU devices of each (default: 4)"
+    )
+    parser.add_argument(
+        "--logs", type=pathlib.Path, help="also write the lines to LOGS/process<i>.log"
+    )
+    parser.add_argument(
+        "--grace", type=float, default=15, help="seconds that the others have when one fails"
+    )
     parser.add_argument("command", nargs="+", metavar="-- COMMAND", help="what each process runs")
     args = parser.parse_args()
     for name in ("processes", "devices"):

@@ -8,8 +8,8 @@ import importlib
 
 __version__ = "0.1.0"
 
-_MODULES = ("elbo", "losses", "model", "noise", "sampling", "tokenizer")
-_NAMES = {"load": "convert", "LLaDA": "model", "ModelConfig": "model"}
+_MODULES = ("elbo", "losses", "noise", "sampling", "tokenizer", "variance")
+_NAMES = {"load": "checkpoints.loading", "LLaDA": "models.llada", "ModelConfig": "models.llada"}
 
 __all__ = [*_MODULES, *_NAMES]
 

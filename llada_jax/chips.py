@@ -14,7 +14,9 @@ class Chip:
     hbm_bytes: int  # nominal; XLA keeps a little of it for itself
     hbm_bandwidth: float  # bytes/s
     ici_bandwidth: float  # bytes/s one way out of the chip, all links (ICI, NVLink) together
-    dcn_bandwidth: float | None = None  # bytes/s one way, its share of the network between TPU slices, where published
+    dcn_bandwidth: float | None = (
+        None  # bytes/s one way, its share of the network between TPU slices, where published
+    )
 
 
 _V4 = Chip("TPU v4", 275e12, 32 * _GIB, 1228e9, 300e9)

@@ -20,12 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
-from llada_jax import noise as noise_lib
+from llada_jax import noise
 
 LogitsFn = Callable[..., Array]
 
 
-def token_logps(logits: Float[Array, "*b l v"], targets: Int[Array, "..."]) -> Float32[Array, "*b l"]:
+def token_logps(
+    logits: Float[Array, "*b l v"], targets: Int[Array, "..."]
+) -> Float32[Array, "*b l"]:
     """The log-probability of every target, in nats; targets broadcast to the logits."""
     logps = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     targets = jnp.broadcast_to(targets, logits.shape[:-1])
@@ -57,7 +59,9 @@ class Estimate:
 
     value: Float32[Array, " b"]
     terms: Float32[Array, "t y b"]
-    stderr: Float32[Array, " b"]  # of value; nan where its own terms do not tell it (`error_is_known`)
+    stderr: Float32[
+        Array, " b"
+    ]  # of value; nan where its own terms do not tell it (`error_is_known`)
 
 
 def estimate_elbo(
@@ -79,8 +83,8 @@ def estimate_elbo(
 
     `chunk` draws go through the model at a time (0: all). Raises ValueError for unknown schemes.
     """
-    scheme = noise_lib.Scheme(n_t, n_yt, times, masks, weights, pseudo_count=pseudo_count)
-    drawn = noise_lib.draw_rows(
+    scheme = noise.Scheme(n_t, n_yt, times, masks, weights, pseudo_count=pseudo_count)
+    drawn = noise.draw_rows(
         jax.random.split(key, tokens.shape[0]),
         response_mask,
         jnp.ones_like(tokens),
@@ -94,7 +98,11 @@ def estimate_elbo(
     terms = _in_chunks(terms_of, (drawn.masked, drawn.weights), chunk, scheme.n)
     terms = terms.reshape(n_t, n_yt, -1)
     value = terms.mean((0, 1))
-    return Estimate(value, terms, standard_error(terms) if error_is_known(scheme) else jnp.full_like(value, jnp.nan))
+    return Estimate(
+        value,
+        terms,
+        standard_error(terms) if error_is_known(scheme) else jnp.full_like(value, jnp.nan),
+    )
 
 
 def exact_elbo(
@@ -113,29 +121,40 @@ def exact_elbo(
     lengths = response.sum(-1)
     longest = int(lengths.max())
     if longest > 20:
-        raise ValueError(f"a response of {longest} tokens has 2^{longest} subsets: exact_elbo takes at most 20 tokens")
+        raise ValueError(
+            f"a response of {longest} tokens has 2^{longest} subsets: exact_elbo takes at most 20 tokens"
+        )
     place = jnp.asarray(np.where(response, response.cumsum(-1) - 1, 31))  # bit 31 is never set
     # A subset of size k counts 1 / (k C(L, k)): L / k of equation 14, times 1 / L for k and 1 / C(L, k) for the subset.
     weight_of_size = jnp.asarray(
-        [[0.0] + [1 / (k * comb(n, k)) if k <= n else 0.0 for k in range(1, longest + 1)] for n in lengths.tolist()]
+        [
+            [0.0] + [1 / (k * comb(n, k)) if k <= n else 0.0 for k in range(1, longest + 1)]
+            for n in lengths.tolist()
+        ]
     )
 
     def terms_of(subsets):
         masked = ((subsets[:, None, None] >> place) & 1).astype(bool)
         size = masked.sum(-1)
-        whole = subsets[:, None] < 2 ** jnp.asarray(lengths)  # a shorter response meets each of its subsets once
-        weights = jnp.where(whole, jax.vmap(lambda s: weight_of_size[jnp.arange(s.size), s])(size), 0)
+        whole = subsets[:, None] < 2 ** jnp.asarray(
+            lengths
+        )  # a shorter response meets each of its subsets once
+        weights = jnp.where(
+            whole, jax.vmap(lambda s: weight_of_size[jnp.arange(s.size), s])(size), 0
+        )
         return elbo_terms(logits_fn, tokens, masked, weights, mask_id=mask_id).sum(0)
 
     chunk = min(chunk, 2**longest)
     subsets = np.arange(-(-(2**longest) // chunk) * chunk, dtype=np.int32)
-    subsets[2**longest :] = 0  # subset 0 masks nothing and counts nothing: it fills up the last chunk
+    subsets[2**longest :] = (
+        0  # subset 0 masks nothing and counts nothing: it fills up the last chunk
+    )
     return jax.lax.map(terms_of, jnp.asarray(subsets.reshape(-1, chunk))).sum(0)
 
 
 def packed_terms(
     logps_fn: Callable[[Array, Array], Array],
-    noise: noise_lib.Noise,
+    noise: noise.Noise,
     tokens: Int[Array, "r l"],
     segment_ids: Int[Array, "r l"],
     *,
@@ -154,7 +173,9 @@ def packed_terms(
         logps = logps_fn(jnp.where(masked, mask_id, tokens), tokens)
         weighted = jnp.where(masked, weights * logps, 0)
         # Sums under a mask rather than a matrix product, which would round to bfloat16 on a TPU.
-        return jnp.sum(jnp.where(segment_ids[..., None] == segments, weighted[..., None], 0), axis=1)
+        return jnp.sum(
+            jnp.where(segment_ids[..., None] == segments, weighted[..., None], 0), axis=1
+        )
 
     return _in_chunks(jax.vmap(one), (noise.masked, noise.weights), chunk, noise.masked.shape[0])
 
@@ -172,18 +193,24 @@ def standard_error(terms: Float[Array, "t y *b"]) -> Float[Array, "*b"]:
     return means.std(axis=0, ddof=1) / np.sqrt(n_t)
 
 
-def error_is_known(scheme: noise_lib.Scheme) -> bool:
+def error_is_known(scheme: noise.Scheme) -> bool:
     """Whether `standard_error` of its terms, or of differences of terms of one draw, is right (its square unbiased)."""
-    independent = scheme.times == "iid" and noise_lib.MASKS[scheme.masks].block == 1 and scheme.weights == "plain"
+    independent = (
+        scheme.times == "iid" and noise.MASKS[scheme.masks].block == 1 and scheme.weights == "plain"
+    )
     return independent and scheme.n_t > 1
 
 
-def _in_chunks(terms_of: Callable[..., Array], draws: tuple[Array, ...], chunk: int, n: int) -> Array:
+def _in_chunks(
+    terms_of: Callable[..., Array], draws: tuple[Array, ...], chunk: int, n: int
+) -> Array:
     """terms_of on all n draws, or on `chunk` of them at a time, each chunk rematerialised."""
     if chunk in (0, n):
         return terms_of(*draws)
     if chunk < 0 or n % chunk:
-        raise ValueError(f"chunk={chunk} does not divide the n_t x n_yt = {n} draws: choose a divisor, or 0 for all")
+        raise ValueError(
+            f"chunk={chunk} does not divide the n_t x n_yt = {n} draws: choose a divisor, or 0 for all"
+        )
     split = jax.tree.map(lambda x: x.reshape(n // chunk, chunk, *x.shape[1:]), draws)
     terms = jax.lax.map(jax.checkpoint(lambda xs: terms_of(*xs)), split)
     return terms.reshape(n, *terms.shape[2:])

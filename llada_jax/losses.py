@@ -14,9 +14,13 @@ def check_preference(beta: float, kind: str, label_smoothing: float) -> None:
     if not beta > 0:
         raise ValueError(f"beta={beta} must be above 0")
     if label_smoothing and kind not in ("sigmoid", "robust"):
-        raise ValueError(f"label_smoothing={label_smoothing} has no meaning for kind={kind!r}: set it to 0")
+        raise ValueError(
+            f"label_smoothing={label_smoothing} has no meaning for kind={kind!r}: set it to 0"
+        )
     if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing={label_smoothing} is the share of wrong labels: at least 0, below 0.5")
+        raise ValueError(
+            f"label_smoothing={label_smoothing} is the share of wrong labels: at least 0, below 0.5"
+        )
 
 
 def preference_loss(

@@ -8,21 +8,24 @@ the source's own, with all its fields, and its prompt as `prompt`. The output is
 
 import argparse
 import collections
-import gzip
 import itertools
-import json
 import sys
 from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from etils import epath
 
-from llada_jax import evaluate, metrics, packing, sampling
-from llada_jax.records import read_records
+from llada_jax import metrics, sampling
+from llada_jax.checkpoints import loading
+from llada_jax.data import templates
+from llada_jax.data.records import read_records
+from llada_jax.files import write_jsonl
+from llada_jax.tasks import scorer as scorer_lib
 
 
-def choose_pairs(scores: dict[str, float], count: int, rng: np.random.Generator) -> list[tuple[str, str]]:
+def choose_pairs(
+    scores: dict[str, float], count: int, rng: np.random.Generator
+) -> list[tuple[str, str]]:
     """Up to `count` distinct (winner, loser) of the responses' scores, a random choice of those that differ."""
     pairs = [(w, l) for w, l in itertools.permutations(scores, 2) if scores[w] > scores[l]]
     return [pairs[i] for i in rng.permutation(len(pairs))[:count]]
@@ -60,7 +63,7 @@ def make_pairs(
         raise ValueError("there are no prompts; give a source that has some")
     prompts = []
     for where, _, normal in records:
-        ids = packing.encode_prompt(tokenizer, normal["prompt"], template)
+        ids = templates.encode_prompt(tokenizer, normal["prompt"], template)
         if max_length is not None and len(ids) + gen_length > max_length:
             raise ValueError(
                 f"{where}: a prompt of {len(ids)} tokens and gen_length={gen_length} exceed the model's {max_length}; "
@@ -81,16 +84,24 @@ def make_pairs(
 
     pairs, totals, empty, without = [], [], 0, 0
     for i, (where, raw, normal) in enumerate(records):
-        texts = collections.Counter(tokenizer.decode(sampling.trim(row, eos_id, eot_id)) for row in tokens[i])
+        texts = collections.Counter(
+            tokenizer.decode(sampling.trim(row, eos_id, eot_id)) for row in tokens[i]
+        )
         record = {**raw, **normal}
-        scores = {text: evaluate.score_response(scorer, where, record, text) for text in texts}
+        scores = {text: scorer_lib.score_response(scorer, where, record, text) for text in texts}
         totals += [scores[text] for text in texts.elements()]
         usable = {text: score for text, score in scores.items() if text.strip()}
         empty += sum(n for text, n in texts.items() if text not in usable)
         chosen = choose_pairs(usable, pairs_per_prompt, np.random.default_rng((seed, i)))
         without += not chosen
         pairs += [
-            {**normal, "chosen": w, "rejected": l, "chosen_score": scores[w], "rejected_score": scores[l]}
+            {
+                **normal,
+                "chosen": w,
+                "rejected": l,
+                "chosen_score": scores[w],
+                "rejected_score": scores[l],
+            }
             for w, l in chosen
         ]
     return pairs, {
@@ -103,25 +114,17 @@ def make_pairs(
     }
 
 
-def write_jsonl(path: str, records: Sequence[dict]) -> None:
-    """Writes JSON lines, compressed if the name ends in .gz; the file appears complete or not at all."""
-    out = epath.Path(path).expanduser()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    content = "".join(json.dumps(record) + "\n" for record in records).encode()
-    partial = out.with_name(out.name + ".partial")
-    partial.write_bytes(gzip.compress(content, mtime=0) if out.suffix == ".gz" else content)
-    partial.replace(out)
-
-
 def run(args: argparse.Namespace) -> str:
     """Does what the flags say and returns the summary."""
     if args.temperature == 0 and args.remasking == "low_confidence":
-        raise ValueError("--temperature=0 gives every sample of a prompt the same response; raise it")
-    scorer = evaluate.load_scorer(args.scorer)
+        raise ValueError(
+            "--temperature=0 gives every sample of a prompt the same response; raise it"
+        )
+    scorer = scorer_lib.load_scorer(args.scorer)
     records = list(itertools.islice(read_records(args.prompts, "prompt"), args.limit or None))
     if not records:
         raise ValueError(f"--prompts={args.prompts} holds no records")
-    logits_fn, config, tokenizer = sampling.open_model(args.model, args.dtype)
+    logits_fn, config, tokenizer = loading.open_model(args.model, args.dtype)
     with metrics.Progress(len(records) * args.samples, unit="sample", show=()) as progress:
         pairs, counts = make_pairs(
             logits_fn,
@@ -135,7 +138,7 @@ def run(args: argparse.Namespace) -> str:
             seed=args.seed,
             max_length=config.max_sequence_length,
             progress=lambda done, _: progress.update(done),
-            **sampling.special_ids(config, tokenizer),
+            **loading.special_ids(config, tokenizer),
             **sampling.settings_of(args),
         )
     summary = (
@@ -143,26 +146,41 @@ def run(args: argparse.Namespace) -> str:
         "{without_contrast:.1%} of prompts without contrast, {pairs} pairs".format(**counts)
     )
     if not pairs:
-        raise ValueError(f"{summary}: nothing to prefer; raise --samples or --temperature, or try other prompts")
+        raise ValueError(
+            f"{summary}: nothing to prefer; raise --samples or --temperature, or try other prompts"
+        )
     write_jsonl(args.out, pairs)
     return f"{summary} in {args.out}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m llada_jax.pairs", description="Samples, scores and pairs a model's responses to prompts."
+        prog="python -m llada_jax.pairs",
+        description="Samples, scores and pairs a model's responses to prompts.",
     )
-    parser.add_argument("--model", required=True, help="Hugging Face style folder, workdir, or workdir/checkpoints/N")
-    parser.add_argument("--prompts", required=True, help="jsonl:FILES, tfds:NAME or python:module:function")
-    parser.add_argument("--scorer", required=True, help="module:function, (record, response) -> float")
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="Hugging Face style folder, workdir, or workdir/checkpoints/N",
+    )
+    parser.add_argument(
+        "--prompts", required=True, help="jsonl:FILES, tfds:NAME or python:module:function"
+    )
+    parser.add_argument(
+        "--scorer", required=True, help="module:function, (record, response) -> float"
+    )
     parser.add_argument("--out", required=True, help="FILE.jsonl or FILE.jsonl.gz")
     parser.add_argument("--samples", type=int, default=8, help="responses to each prompt")
-    parser.add_argument("--pairs_per_prompt", type=int, default=1, help="distinct winner and loser combinations")
+    parser.add_argument(
+        "--pairs_per_prompt", type=int, default=1, help="distinct winner and loser combinations"
+    )
     parser.add_argument("--template", choices=("chat", "plain"), default="chat")
     parser.add_argument("--batch_size", type=int, default=32, help="responses sampled at once")
     parser.add_argument("--limit", type=int, default=0, help="use so many prompts; 0 for all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", help="cast the parameters to it, as bfloat16; default: as stored")
+    parser.add_argument(
+        "--dtype", help="cast the parameters to it, as bfloat16; default: as stored"
+    )
     sampling.add_flags(parser)
     parser.set_defaults(temperature=1.0)
     try:

@@ -7,13 +7,9 @@ from the files; no id is a constant here.
 """
 
 import argparse
-import bz2
-import glob
-import gzip
 import hashlib
 import io
 import json
-import lzma
 import os
 import re
 import sys
@@ -24,12 +20,15 @@ import tokenizers
 from etils import epath
 from sentencepiece import sentencepiece_model_pb2
 
+from llada_jax.files import expand, read_lines
+
 BOS, EOS, MASK = "<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>"
 START_HEADER, END_HEADER, EOT = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
 FILES = ("tokenizer.json", "tokenizer.model")  # in order of preference within a directory
 
-_SPECIAL = re.compile(r"<\|.+\|>")  # what must never come out of ordinary text, whatever the file calls its type
-_OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+_SPECIAL = re.compile(
+    r"<\|.+\|>"
+)  # what must never come out of ordinary text, whatever the file calls its type
 
 
 class Tokenizer:
@@ -40,13 +39,18 @@ class Tokenizer:
     """
 
     def __init__(
-        self, backend: "_SentencePiece | _HuggingFace", files: dict[str, bytes], specials: dict[str, int | None]
+        self,
+        backend: "_SentencePiece | _HuggingFace",
+        files: dict[str, bytes],
+        specials: dict[str, int | None],
     ):
         self._backend, self._files, self._specials = backend, files, specials
         self.bos_id, self.eos_id, self.mask_id = specials[BOS], specials[EOS], specials[MASK]
         self.start_header_id, self.end_header_id = specials[START_HEADER], specials[END_HEADER]
         self.eot_id = specials[EOT]
-        self.vocab_size = 1 + max([backend.max_id, *(i for i in specials.values() if i is not None)])
+        self.vocab_size = 1 + max(
+            [backend.max_id, *(i for i in specials.values() if i is not None)]
+        )
         digest = hashlib.sha256(json.dumps(specials).encode())
         for name in FILES:
             digest.update(files.get(name, b""))
@@ -64,11 +68,15 @@ class Tokenizer:
         """Text of the ids; special tokens, and ids that the tokenizer does not know, are skipped."""
         specials = set(self._specials.values())
         ids = [int(i) for i in ids]
-        return self._backend.decode([i for i in ids if i not in specials and 0 <= i <= self._backend.max_id])
+        return self._backend.decode(
+            [i for i in ids if i not in specials and 0 <= i <= self._backend.max_id]
+        )
 
     def chat_prompt(self, messages: Sequence[dict]) -> list[int]:
         """Ids of a conversation that waits for the assistant: LLaDA's chat template (messages: role, content)."""
-        missing = [name for name in (BOS, START_HEADER, END_HEADER, EOT) if self._specials[name] is None]
+        missing = [
+            name for name in (BOS, START_HEADER, END_HEADER, EOT) if self._specials[name] is None
+        ]
         if missing:
             raise ValueError(
                 f"the chat template needs {', '.join(missing)}, which this tokenizer does not have;"
@@ -76,7 +84,11 @@ class Tokenizer:
             )
         ids = [self.bos_id]
         for message in messages:
-            ids += self._header(message["role"]) + self.encode("\n\n" + message["content"].strip()) + [self.eot_id]
+            ids += (
+                self._header(message["role"])
+                + self.encode("\n\n" + message["content"].strip())
+                + [self.eot_id]
+            )
         return ids + self._header("assistant") + self.encode("\n\n")
 
     def _header(self, role: str) -> list[int]:
@@ -102,10 +114,14 @@ def load(path: str | os.PathLike) -> Tokenizer:
     if path.is_dir():
         found = [path / name for name in FILES if (path / name).exists()]
         if not found:
-            raise FileNotFoundError(f"{path} holds no {' and no '.join(FILES)}; give a folder with a tokenizer")
+            raise FileNotFoundError(
+                f"{path} holds no {' and no '.join(FILES)}; give a folder with a tokenizer"
+            )
         path = found[0]
     elif not path.exists():
-        raise FileNotFoundError(f"tokenizer {path} does not exist; give a {', a '.join(FILES)} or a folder with one")
+        raise FileNotFoundError(
+            f"tokenizer {path} does not exist; give a {', a '.join(FILES)} or a folder with one"
+        )
     is_json = path.suffix == ".json"
     content = path.read_bytes()
     files = {FILES[0 if is_json else 1]: content}
@@ -117,7 +133,9 @@ def load(path: str | os.PathLike) -> Tokenizer:
         backend = (_HuggingFace if is_json else _SentencePiece)(content)
     except Exception as e:  # the parsers raise whatever they like
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise ValueError(f"tokenizer {path} cannot be read ({reason}); it must be one of {' or '.join(FILES)}") from e
+        raise ValueError(
+            f"tokenizer {path} cannot be read ({reason}); it must be one of {' or '.join(FILES)}"
+        ) from e
 
     specials = {}
     for name in (BOS, EOS, MASK, START_HEADER, END_HEADER, EOT):
@@ -155,7 +173,9 @@ class _SentencePiece:
         for piece in model.pieces:
             if _SPECIAL.fullmatch(piece.piece):
                 piece.type = piece.CONTROL
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+        self._processor = sentencepiece.SentencePieceProcessor(
+            model_proto=model.SerializeToString()
+        )
         self._ids = {piece.piece: i for i, piece in enumerate(model.pieces)}
         self.max_id = len(model.pieces) - 1
         own = {BOS: self._processor.bos_id(), EOS: self._processor.eos_id()}
@@ -177,7 +197,9 @@ class _HuggingFace:
     def __init__(self, content: bytes):
         model = json.loads(content)
         for token in model.get("added_tokens", []):
-            token["special"] = token.get("special", False) or bool(_SPECIAL.fullmatch(token["content"]))
+            token["special"] = token.get("special", False) or bool(
+                _SPECIAL.fullmatch(token["content"])
+            )
         self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(model))
         self._tokenizer.encode_special_tokens = True  # i.e. as ordinary text
         self._tokenizer.no_padding()
@@ -194,41 +216,6 @@ class _HuggingFace:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
 
-# ---- reading text files (records.py uses these two as well)
-
-
-def expand(pattern: str) -> list[epath.Path]:
-    """Files that a path or glob names, sorted; FileNotFoundError if there are none."""
-    if "://" in pattern:
-        parts = pattern.split("/")
-        first = next((k for k, part in enumerate(parts) if glob.has_magic(part)), None)
-        found = [pattern] if first is None else epath.Path("/".join(parts[:first])).glob("/".join(parts[first:]))
-    else:
-        # A file may have brackets in its name.
-        pattern = os.path.expanduser(pattern)
-        found = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
-    files = sorted(path for path in map(epath.Path, found) if path.is_file())
-    if not files:
-        raise FileNotFoundError(f"no file matches {pattern!r}; give an existing path or glob")
-    return files
-
-
-def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, line) of a file, plain or .gz, .xz or .bz2; ValueError if it cannot be decompressed."""
-    path = epath.Path(path)
-    number = 0
-    try:
-        with path.open("rb") as raw:
-            binary = _OPENERS[path.suffix](raw) if path.suffix in _OPENERS else raw
-            for number, line in enumerate(binary, 1):
-                yield number, line
-    except (EOFError, OSError, lzma.LZMAError) as e:
-        raise ValueError(f"{path} cannot be read past line {number} ({e}); is the file complete?") from e
-
-
-# ---- training
-
-
 def _texts(source: str, field: str, limit: int) -> Iterator[str]:
     """Lines of text files, and of the field `field` of .jsonl files, as SentencePiece wants them: without newlines."""
     count = 0
@@ -242,7 +229,9 @@ def _texts(source: str, field: str, limit: int) -> Iterator[str]:
                 try:
                     line = json.loads(line)[field]
                 except (ValueError, KeyError, TypeError) as e:
-                    raise ValueError(f"{path}:{number} is no JSON object with a field {field!r}; see --field") from e
+                    raise ValueError(
+                        f"{path}:{number} is no JSON object with a field {field!r}; see --field"
+                    ) from e
             else:
                 line = line.decode("utf-8", errors="replace")
             yield from line.splitlines()
@@ -284,13 +273,25 @@ def train(lines: Iterable[str], out: str | os.PathLike, vocab_size: int = 4096) 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m llada_jax.tokenizer", description=__doc__.splitlines()[0])
-    command = parser.add_subparsers(required=True).add_parser("train", help="train a SentencePiece model")
-    command.add_argument("--input", required=True, help="text or .jsonl files, a path or a glob (.gz .xz .bz2 too)")
-    command.add_argument("--field", default="text", help="the field to read of .jsonl files (default: text)")
+    parser = argparse.ArgumentParser(
+        prog="python -m llada_jax.tokenizer", description=__doc__.splitlines()[0]
+    )
+    command = parser.add_subparsers(required=True).add_parser(
+        "train", help="train a SentencePiece model"
+    )
+    command.add_argument(
+        "--input", required=True, help="text or .jsonl files, a path or a glob (.gz .xz .bz2 too)"
+    )
+    command.add_argument(
+        "--field", default="text", help="the field to read of .jsonl files (default: text)"
+    )
     command.add_argument("--vocab_size", type=int, default=4096)
-    command.add_argument("--out", default="tokenizer", help="folder for tokenizer.model (default: tokenizer)")
-    command.add_argument("--limit", type=int, default=0, help="lines of the input files to read (0: all)")
+    command.add_argument(
+        "--out", default="tokenizer", help="folder for tokenizer.model (default: tokenizer)"
+    )
+    command.add_argument(
+        "--limit", type=int, default=0, help="lines of the input files to read (0: all)"
+    )
     args = parser.parse_args(argv)
     try:
         tokenizer = train(_texts(args.input, args.field, args.limit), args.out, args.vocab_size)

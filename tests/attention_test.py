@@ -7,8 +7,10 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from llada_jax import attention, mesh, state
-from llada_jax.model import LLaDA, ModelConfig
+from llada_jax.models import attention
+from llada_jax.models.llada import LLaDA, ModelConfig
+from llada_jax.parallel import mesh
+from llada_jax.train import state
 
 LENGTH = 128
 SEGMENTS = np.repeat([[1, 2, 0], [1, 1, 2]], (50, 60, 18), axis=1)
@@ -38,7 +40,9 @@ def assert_close(found, expected):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-@pytest.mark.parametrize("with_mask, with_segments", [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(
+    "with_mask, with_segments", [(False, False), (True, False), (False, True), (True, True)]
+)
 def test_attention_in_query_blocks_is_attention(monkeypatch, with_mask, with_segments):
     key = jax.random.split(jax.random.key(0), 3)
     q = jax.random.normal(key[0], (2, 22, 4, 8))
@@ -55,7 +59,11 @@ def test_attention_in_query_blocks_is_attention(monkeypatch, with_mask, with_seg
 
     whole = value_and_grads()
     monkeypatch.setattr(attention, "QUERY_BLOCK", 5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), value_and_grads(), whole)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4),
+        value_and_grads(),
+        whole,
+    )
 
 
 def test_splash_is_xla():
@@ -68,7 +76,9 @@ def test_splash_is_xla():
     expected = outputs_and_gradients("xla", inputs, **kwargs)
     assert_close(outputs_and_gradients("splash", inputs, **kwargs), expected)
     kwargs["attention_mask"] = None
-    assert np.abs(outputs_and_gradients("xla", inputs, **kwargs)[0] - expected[0]).max() > 0.1, "masks matter"
+    assert np.abs(outputs_and_gradients("xla", inputs, **kwargs)[0] - expected[0]).max() > 0.1, (
+        "masks matter"
+    )
 
 
 @pytest.mark.parametrize("rows, axes", [(4, ("data", "fsdp")), (3, None)])
@@ -91,7 +101,10 @@ def test_a_model_for_splash_is_made_like_any():
     config = ModelConfig(d_model=64, n_heads=1, n_layers=1, vocab_size=32, mask_token_id=3)
     mesh1 = mesh.make_mesh(1, 1, 1, jax.devices()[:1])
     shapes = [
-        jax.tree.map(lambda x: x.shape, state.abstract_state(LLaDA(config, attention=name), optax.identity(), mesh1))
+        jax.tree.map(
+            lambda x: x.shape,
+            state.abstract_state(LLaDA(config, attention=name), optax.identity(), mesh1),
+        )
         for name in ("splash", "xla")
     ]
     assert shapes[0] == shapes[1]

@@ -13,8 +13,13 @@ import numpy as np
 import pytest
 
 from configs import base, vrpo_8b, vrpo_sudoku
-from llada_jax import benchmark_load, benchmark_step, convert, data, model, plan
+from llada_jax.benchmark import load, step, torch_loop
+from llada_jax.benchmark.torch_loop import TorchStep
 from llada_jax.chips import CHIPS, Chip
+from llada_jax.data import batches
+from llada_jax.data.synthetic import SyntheticRows
+from llada_jax.models import llada
+from llada_jax.train import cost
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ARCH = dict(d_model=32, n_heads=2, n_layers=1, mlp_hidden_size=64, vocab_size=60, mask_token_id=59)
@@ -34,12 +39,20 @@ def tiny(objective="vrpo", **settings):
     return c
 
 
-@pytest.mark.parametrize("objective, reference", [("vrpo", "model"), ("vrpo", "cached"), ("sft", "model")])
+@pytest.mark.parametrize(
+    "objective, reference", [("vrpo", "model"), ("vrpo", "cached"), ("sft", "model")]
+)
 def test_a_step_on_synthetic_rows(tmp_path, objective, reference, capsys):
-    c = tiny(objective, **{"vrpo.reference": reference, "vrpo.mc_chunk": 1 if reference == "model" else 0})
-    found = benchmark_step.run(c, str(tmp_path), 2, "")
+    c = tiny(
+        objective,
+        **{"vrpo.reference": reference, "vrpo.mc_chunk": 1 if reference == "model" else 0},
+    )
+    found = step.run(c, str(tmp_path), 2, "")
     assert json.loads(json.dumps(found))["loss"] == found["loss"] and found["devices"] == 8
-    assert len(found["step_seconds_all"]) == 2 and min(found["step_seconds_all"]) <= found["step_seconds"]
+    assert (
+        len(found["step_seconds_all"]) == 2
+        and min(found["step_seconds_all"]) <= found["step_seconds"]
+    )
     assert found["tokens_per_second"] == pytest.approx(8 * 24 / found["step_seconds"])
     assert found["mfu"] is None and "attention       xla" in capsys.readouterr().out
     if objective == "vrpo":
@@ -48,41 +61,51 @@ def test_a_step_on_synthetic_rows(tmp_path, objective, reference, capsys):
 
 
 def test_synthetic_rows_are_full_rows_of_whole_pairs():
-    rows = benchmark_step.SyntheticRows("preference", 4096, 1000, 2)
-    batch = next(data.loader(rows, batch_rows=2, seed=0))
+    rows = SyntheticRows("preference", 4096, 1000, 2)
+    batch = next(batches.loader(rows, batch_rows=2, seed=0))
     assert rows.num_segments == 8 and batch.segment_ids.min() == 1
     for segment in range(1, 9):
         inside = batch.segment_ids[0] == segment
         assert inside.sum() == 512 and batch.response_mask[0][inside].sum() == 384
         np.testing.assert_array_equal(batch.positions[0][inside], np.arange(512))
-    text = benchmark_step.SyntheticRows("text", 4096, 1000, 1)
+    text = SyntheticRows("text", 4096, 1000, 1)
     assert text.num_segments == 1 and text[0]["response_mask"].all()
     with pytest.raises(ValueError, match="row_length=7 holds no synthetic pair: at least 8"):
-        benchmark_step.SyntheticRows("preference", 7, 1000, 1)
+        SyntheticRows("preference", 7, 1000, 1)
 
 
 def test_utilisation_is_the_formula(monkeypatch, tmp_path):
     c = vrpo_8b.get_config()
     c.data.batch_rows = 8
-    of_8b = benchmark_step.prepare(c, str(tmp_path))
-    passed = 8 * 4096 * 8 * model.flops_per_token(of_8b.model.config, 4096)
-    assert plan.pass_flops(of_8b) == passed
-    assert plan.forward_passes(of_8b)[0] == 6 and plan.forward_passes(of_8b, recomputed=False)[0] == 4
+    of_8b = step.prepare(c, str(tmp_path))
+    passed = 8 * 4096 * 8 * llada.flops_per_token(of_8b.model.config, 4096)
+    assert cost.pass_flops(of_8b) == passed
+    assert (
+        cost.forward_passes(of_8b)[0] == 6 and cost.forward_passes(of_8b, recomputed=False)[0] == 4
+    )
     monkeypatch.setitem(CHIPS, "cpu", Chip("test", passed / 8, 1, 1.0, 1.0))
-    found = benchmark_step.rates(of_8b, 8.0)
+    found = step.rates(of_8b, 8.0)
     assert found["mfu"] == pytest.approx(4 / 8) and found["hfu"] == pytest.approx(6 / 8)
 
 
 def test_memory_of_the_step_and_of_the_process():
     """By hand: two arrays come, one goes where the first lay; devices count more, or nothing at all."""
-    size = dict(argument_size_in_bytes=8, output_size_in_bytes=4, temp_size_in_bytes=3, alias_size_in_bytes=4)
+    size = dict(
+        argument_size_in_bytes=8,
+        output_size_in_bytes=4,
+        temp_size_in_bytes=3,
+        alias_size_in_bytes=4,
+    )
     compiled = SimpleNamespace(memory_analysis=lambda: SimpleNamespace(**size))
 
     def on(*stats):
         return [SimpleNamespace(memory_stats=lambda x=x: x) for x in stats]
 
-    assert benchmark_step.peak_bytes(on({"peak_bytes_in_use": 20}, {"peak_bytes_in_use": 30}), compiled) == (11, 30)
-    assert benchmark_step.peak_bytes(on(None, {"peak_bytes_in_use": 30}), compiled) == (11, None)
+    assert step.peak_bytes(on({"peak_bytes_in_use": 20}, {"peak_bytes_in_use": 30}), compiled) == (
+        11,
+        30,
+    )
+    assert step.peak_bytes(on(None, {"peak_bytes_in_use": 30}), compiled) == (11, None)
 
 
 def test_top_costs_of_a_profile(tmp_path, monkeypatch):
@@ -106,19 +129,21 @@ def test_top_costs_of_a_profile(tmp_path, monkeypatch):
         ),
     ]
     (tmp_path / "host.xplane.pb").write_text("")
-    monkeypatch.setattr(jax.profiler.ProfileData, "from_file", lambda file: named("", planes=planes))
-    assert benchmark_step.top_costs(str(tmp_path), 2) == [("gemm", 0.8), ("copy", 0.1)]
+    monkeypatch.setattr(
+        jax.profiler.ProfileData, "from_file", lambda file: named("", planes=planes)
+    )
+    assert step.top_costs(str(tmp_path), 2) == [("gemm", 0.8), ("copy", 0.1)]
     planes.pop()
-    assert benchmark_step.top_costs(str(tmp_path)) == []
+    assert step.top_costs(str(tmp_path)) == []
 
 
 def test_a_loaded_checkpoint_is_what_was_written(tmp_path):
     config = convert.ModelConfig(**ARCH)
-    written = benchmark_load.write_checkpoint(tmp_path / "hf", config, shard_bytes=10_000)
+    written = load.write_checkpoint(tmp_path / "hf", config, shard_bytes=10_000)
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
-    count = model.num_params(config)
+    count = llada.num_params(config)
     assert written == {"bytes": 2 * sum(count.values()), "largest": 2 * 32 * 64}
-    found = benchmark_load.measure(str(tmp_path / "hf"), "float32", 4, 2)
+    found = load.measure(str(tmp_path / "hf"), "float32", 4, 2)
     # Matrices once over fsdp x tensor, the scales of the norms on all eight devices.
     scales = (2 * config.n_layers + 1) * 32
     assert found["destination"] == 4 * (sum(count.values()) + 7 * scales)
@@ -126,7 +151,9 @@ def test_a_loaded_checkpoint_is_what_was_written(tmp_path):
 
 def run(*arguments, **environment):
     command = [sys.executable, "-m", "llada_jax.benchmark", *arguments]
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+    )
 
 
 def test_the_commands_refuse_in_one_line(tmp_path):
@@ -142,7 +169,9 @@ def test_the_commands_refuse_in_one_line(tmp_path):
 @pytest.mark.slow
 def test_load_as_a_command(tmp_path):
     out = tmp_path / "load.json"
-    done = run("load", "--layers=2", "--width=128", "--vocab=512", f"--folder={tmp_path}", f"--out={out}")
+    done = run(
+        "load", "--layers=2", "--width=128", "--vocab=512", f"--folder={tmp_path}", f"--out={out}"
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     assert found["destination_gb"] == pytest.approx(found["gb"], rel=0.05) and found["devices"] == 8
@@ -153,25 +182,26 @@ def test_load_as_a_command(tmp_path):
 def beside_pytorch(tmp_path_factory):
     """(plan, work, PyTorch step, our compiled step) of the Sudoku benchmark, made smaller."""
     pytest.importorskip("torch", reason="PyTorch (the extra benchmark) is not installed")
-    from llada_jax import benchmark_torch
 
     c = vrpo_sudoku.get_config()
     c.data.batch_rows, c.vrpo.n_t, c.model.unroll = 8, 2, 1
-    prepared = benchmark_step.prepare(c, str(tmp_path_factory.mktemp("work")))
+    prepared = step.prepare(c, str(tmp_path_factory.mktemp("work")))
     with prepared.parallel.use():
-        work = benchmark_step.make_work(prepared)
-        trees = [(prepared.model.config, jax.device_get(tree)) for tree in (work.state.params, work.extra[0])]
-        torch_step = benchmark_torch.TorchStep(c, *trees, prepared.settings)
-        return prepared, work, torch_step, benchmark_step.compile_step(prepared, work)[0]
+        work = step.make_work(prepared)
+        trees = [
+            (prepared.model.config, jax.device_get(tree))
+            for tree in (work.state.params, work.extra[0])
+        ]
+        torch_step = TorchStep(c, *trees, prepared.settings)
+        return prepared, work, torch_step, step.compile_step(prepared, work)[0]
 
 
 @pytest.mark.slow
 def test_pytorch_computes_the_same_loss_and_gradient(beside_pytorch):
     """Our step on packed rows against the PyTorch loop on padded ones, at the same masks; the state is left alone."""
-    from llada_jax import benchmark_torch
 
     before = jax.device_get(beside_pytorch[1].state)
-    found = benchmark_torch.check_same(*beside_pytorch)
+    found = torch_loop.check_same(*beside_pytorch)
     assert found["loss_torch"] == pytest.approx(found["loss_jax"], rel=1e-4)
     assert found["grad_norm_torch"] == pytest.approx(found["grad_norm_jax"], rel=1e-3)
     assert abs(found["loss_jax"] - np.log(2) - 0.05 * np.log(12)) > 0.01, "the score is not 0"
@@ -179,16 +209,22 @@ def test_pytorch_computes_the_same_loss_and_gradient(beside_pytorch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mutation", ["loser first", "draws apart", "beta", "weights", "sft_weight", "no reference"])
+@pytest.mark.parametrize(
+    "mutation", ["loser first", "draws apart", "beta", "weights", "sft_weight", "no reference"]
+)
 def test_another_loss_is_not_the_same(beside_pytorch, mutation, monkeypatch):
     from llada_jax import benchmark_torch
 
-    right = benchmark_torch.preference_loss
+    right = torch_loop.preference_loss
 
     def wrong(model, reference, rows, masked, weights, settings):
         if mutation == "loser first":
             swap = lambda x: x.unflatten(-2, (-1, 2)).flip(-2).flatten(-3, -2)
-            rows, masked, weights = {name: swap(x) for name, x in rows.items()}, swap(masked), swap(weights)
+            rows, masked, weights = (
+                {name: swap(x) for name, x in rows.items()},
+                swap(masked),
+                swap(weights),
+            )
         elif mutation == "draws apart":
             masked = masked.roll(1, 0)
         elif mutation == "weights":
@@ -196,30 +232,36 @@ def test_another_loss_is_not_the_same(beside_pytorch, mutation, monkeypatch):
         elif mutation == "no reference":
             reference = model
         else:
-            settings = dataclasses.replace(settings, **{mutation: 1.01 * getattr(settings, mutation)})
+            settings = dataclasses.replace(
+                settings, **{mutation: 1.01 * getattr(settings, mutation)}
+            )
         return right(model, reference, rows, masked, weights, settings)
 
     monkeypatch.setattr(benchmark_torch, "preference_loss", wrong)
-    with pytest.raises(ValueError, match="do not compute the same (loss|grad_norm) on the same masks"):
-        benchmark_torch.check_same(*beside_pytorch)
+    with pytest.raises(
+        ValueError, match="do not compute the same (loss|grad_norm) on the same masks"
+    ):
+        torch_loop.check_same(*beside_pytorch)
 
 
 @pytest.mark.slow
 def test_pytorch_draws_masks_by_the_paper():
     torch = pytest.importorskip("torch", reason="PyTorch (the extra benchmark) is not installed")
-    from llada_jax import benchmark_torch
 
     response = torch.arange(24).expand(8, 24) >= 8
-    masked, weights = benchmark_torch.draw(response, 64)
+    masked, weights = torch_loop.draw(response, 64)
     assert not (masked & ~response).any()
     count = masked.sum(-1, keepdim=True)
-    assert count.min() >= 1 and torch.allclose(weights.sum(-1), response.sum(-1).float().expand(64, -1))
+    assert count.min() >= 1 and torch.allclose(
+        weights.sum(-1), response.sum(-1).float().expand(64, -1)
+    )
     assert count.float().mean() == pytest.approx(8.5, abs=0.5)  # uniform on 1 .. 16
 
 
 def test_the_pytorch_loop_says_what_it_does_not_do():
     pytest.importorskip("torch", reason="PyTorch (the extra benchmark) is not installed")
-    from llada_jax import benchmark_torch
 
-    with pytest.raises(ValueError, match="does not do vrpo.kind='ipo', vrpo.n_yt=2: set vrpo.kind='sigmoid', .*=1"):
-        benchmark_torch.check_supported(tiny(**{"vrpo.kind": "ipo", "vrpo.n_yt": 2}))
+    with pytest.raises(
+        ValueError, match="does not do vrpo.kind='ipo', vrpo.n_yt=2: set vrpo.kind='sigmoid', .*=1"
+    ):
+        torch_loop.check_supported(tiny(**{"vrpo.kind": "ipo", "vrpo.n_yt": 2}))

@@ -16,7 +16,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from llada_jax import checkpoint
+from llada_jax.checkpoints import hashing, orbax
+from llada_jax.checkpoints.orbax import Checkpoints
 
 
 @flax.struct.dataclass
@@ -53,18 +54,24 @@ def place(state, shardings):
 
 
 def abstract(state, shardings):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings(x)), state)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings(x)), state
+    )
 
 
 def assert_same_bits(found, wanted):
     assert jax.tree.structure(found) == jax.tree.structure(wanted)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         one, other = np.asarray(one), np.asarray(other)
-        assert one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
+        assert (
+            one.dtype == other.dtype
+            and one.shape == other.shape
+            and one.tobytes() == other.tobytes()
+        )
 
 
 def save_steps(directory, *steps):
-    with checkpoint.Checkpoints(directory) as checkpoints:
+    with Checkpoints(directory) as checkpoints:
         for step in steps:
             checkpoints.save(step, make_state(step), {"next_index": step})
 
@@ -113,37 +120,55 @@ DAMAGES = [flip_bit, truncate, lose_arrays, spoil_record, tear_record]
 
 def test_fingerprint_does_not_depend_on_placement():
     state = make_state()
-    prints = {checkpoint.fingerprint(place(state, s)) for s in (one_device(), on_mesh(1, 8), on_mesh(4, 2))}
-    assert prints == {checkpoint.fingerprint(state)}
+    prints = {
+        hashing.fingerprint(place(state, s)) for s in (one_device(), on_mesh(1, 8), on_mesh(4, 2))
+    }
+    assert prints == {hashing.fingerprint(state)}
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float8_e4m3fn, jnp.int32, jnp.int8, jnp.bool_])
+@pytest.mark.parametrize(
+    "dtype", [jnp.float32, jnp.bfloat16, jnp.float8_e4m3fn, jnp.int32, jnp.int8, jnp.bool_]
+)
 def test_fingerprint_sees_every_change(dtype):
     values = jnp.asarray(np.random.default_rng(0).integers(0, 2, (4, 6)), dtype)
     values = values.at[:2, :2].set(jnp.asarray([[0, 1], [0, 1]], dtype))
     tree = {"a": values, "b": values.T.reshape(4, 6)}
     changed = [
         {"a": values.at[0, 0].set(jnp.asarray(1, dtype)), "b": tree["b"]},
-        {"a": values.at[0, :2].set(values[0, 1::-1]), "b": tree["b"]},  # two elements of a row swapped
-        {"a": values.at[:2, :2].set(values[:2, :2].T), "b": tree["b"]},  # two elements swapped across the diagonal
+        {
+            "a": values.at[0, :2].set(values[0, 1::-1]),
+            "b": tree["b"],
+        },  # two elements of a row swapped
+        {
+            "a": values.at[:2, :2].set(values[:2, :2].T),
+            "b": tree["b"],
+        },  # two elements swapped across the diagonal
         {"a": tree["b"], "b": tree["a"]},
         {"a": tree["a"].reshape(6, 4), "b": tree["b"]},
         {"a": tree["a"], "c": tree["b"]},
         {"a": tree["a"].astype(jnp.float16), "b": tree["b"]},
     ]
-    assert len({checkpoint.fingerprint(t) for t in [tree, *changed]}) == 8
+    assert len({hashing.fingerprint(t) for t in [tree, *changed]}) == 8
     if dtype == jnp.float32:  # minus zero and the quiet bit of a nan are bits like any other
-        assert checkpoint.fingerprint({"a": jnp.zeros(3)}) != checkpoint.fingerprint({"a": -jnp.zeros(3)})
+        assert hashing.fingerprint({"a": jnp.zeros(3)}) != hashing.fingerprint({"a": -jnp.zeros(3)})
 
 
-@pytest.mark.parametrize("before, after", [((1, 8), None), (None, (1, 8)), ((2, 4), (4, 2)), ((1, 8), (1, 2))])
+@pytest.mark.parametrize(
+    "before, after", [((1, 8), None), (None, (1, 8)), ((2, 4), (4, 2)), ((1, 8), (1, 2))]
+)
 def test_restores_exactly_onto_another_mesh(tmp_path, before, after):
     before, after = (on_mesh(*shape) if shape else one_device() for shape in (before, after))
-    state, extra = make_state(3), {"next_index": 7, "seed": 0, "config": {"lr": 5e-7, "name": "x", "none": None}}
-    with checkpoint.Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        assert checkpoints.restore(abstract(state, after)) is None and checkpoints.latest_step() is None
+    state, extra = (
+        make_state(3),
+        {"next_index": 7, "seed": 0, "config": {"lr": 5e-7, "name": "x", "none": None}},
+    )
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert (
+            checkpoints.restore(abstract(state, after)) is None
+            and checkpoints.latest_step() is None
+        )
         checkpoints.save(3, place(state, before), extra)
-    with checkpoint.Checkpoints(tmp_path / "checkpoints") as checkpoints:
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         found, found_extra = checkpoints.restore(abstract(state, after))
         assert checkpoints.latest_step() == 3
     assert_same_bits(found, state)
@@ -154,8 +179,10 @@ def test_restores_exactly_onto_another_mesh(tmp_path, before, after):
 def test_a_save_survives_donation(tmp_path):
     state = place(make_state(1, width=2048), on_mesh(1, 8))
     wanted = jax.tree.map(np.array, state)
-    step = jax.jit(lambda state: jax.tree.map(lambda x: x + x.dtype.type(1), state), donate_argnums=0)
-    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    step = jax.jit(
+        lambda state: jax.tree.map(lambda x: x + x.dtype.type(1), state), donate_argnums=0
+    )
+    with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state, {})
         for _ in range(5):
             state = step(state)
@@ -165,30 +192,41 @@ def test_a_save_survives_donation(tmp_path):
 
 
 def test_keeps_the_newest_steps(tmp_path):
-    with checkpoint.Checkpoints(tmp_path, keep=2) as checkpoints:
-        for step in (1, 2, 3, 3):  # the current step again does nothing: the last step of a run may be due twice
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in (
+            1,
+            2,
+            3,
+            3,
+        ):  # the current step again does nothing: the last step of a run may be due twice
             checkpoints.save(step, make_state(step), {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
-    with checkpoint.Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match="3 exists already"):
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match="3 exists already"):
         checkpoints.save(3, make_state(4), {})
     with pytest.raises(ValueError, match="keep=0"):
-        checkpoint.Checkpoints(tmp_path, keep=0)
+        Checkpoints(tmp_path, keep=0)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_falls_back_to_the_step_before(tmp_path, damage, caplog):
     save_steps(tmp_path, 1, 2, 3)
     damage(tmp_path / "3", 3)
-    with checkpoint.Checkpoints(tmp_path, keep=1) as checkpoints:
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
         caplog.clear()
         state, extra = checkpoints.restore(abstract(make_state(), on_mesh(1, 8)))
         assert_same_bits(state, make_state(2))
         assert extra == {"next_index": 2} and checkpoints.latest_step() == 2
         warnings = [r.getMessage() for r in caplog.records if "Damaged" in r.getMessage()]
-        assert len(warnings) == 1 and "step 3: " in warnings[0] and "going on from step 2" in warnings[0]
+        assert (
+            len(warnings) == 1
+            and "step 3: " in warnings[0]
+            and "going on from step 2" in warnings[0]
+        )
         assert "\n" not in warnings[0]
-        checkpoints.save(3, make_state(33), {"next_index": 33})  # the run passes the damaged step again
-    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(
+            3, make_state(33), {"next_index": 33}
+        )  # the run passes the damaged step again
+    with Checkpoints(tmp_path) as checkpoints:
         state, extra = checkpoints.restore(abstract(make_state(), on_mesh(1, 8)))
     assert_same_bits(state, make_state(33))
     assert [path.name for path in tmp_path.iterdir()] == ["3"]
@@ -198,11 +236,15 @@ def test_all_damaged_is_one_error(tmp_path):
     save_steps(tmp_path, 1, 2)
     flip_bit(tmp_path / "1", 1)
     truncate(tmp_path / "2", 2)
-    with checkpoint.Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError) as error:
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError) as error:
         checkpoints.restore(abstract(make_state(), one_device()))
     message = str(error.value)
     assert "every checkpoint" in message and "step 1: contents of opt_state/0/nu are not" in message
-    assert "step 2: files are missing or cut short" in message and "--workdir" in message and "\n" not in message
+    assert (
+        "step 2: files are missing or cut short" in message
+        and "--workdir" in message
+        and "\n" not in message
+    )
 
 
 def test_another_model_is_an_error_and_no_reason_to_fall_back(tmp_path):
@@ -210,7 +252,7 @@ def test_another_model_is_an_error_and_no_reason_to_fall_back(tmp_path):
     wanted = make_state(width=32)
     wanted.params["lora"] = np.zeros(3, np.float32)
     wanted = wanted.replace(step=np.float32(0))
-    with checkpoint.Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError) as error:
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError) as error:
         checkpoints.restore(abstract(wanted, one_device()))
     message = str(error.value)
     assert "\n" not in message and f"{tmp_path}/2 " in message and "--workdir" in message
@@ -221,7 +263,7 @@ def test_another_model_is_an_error_and_no_reason_to_fall_back(tmp_path):
     ):
         assert part in message
     with pytest.raises(ValueError, match="params/lora is absent there, .3. here"):
-        checkpoint.restore_params(tmp_path / "2", abstract=abstract(wanted, one_device()).params)
+        orbax.restore_params(tmp_path / "2", abstract=abstract(wanted, one_device()).params)
 
 
 def test_a_killed_save_leaves_the_last_step(tmp_path):
@@ -236,12 +278,14 @@ def test_a_killed_save_leaves_the_last_step(tmp_path):
         os.kill(os.getpid(), signal.SIGKILL)
     """
     root = str(pathlib.Path(__file__).resolve().parent.parent)
-    done = subprocess.run([sys.executable, "-c", code, root, str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, root, str(tmp_path)], capture_output=True, text=True
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert [path for path in tmp_path.iterdir() if path.name.startswith("2.")], (
         "the kill came too late to test anything"
     )
-    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    with Checkpoints(tmp_path) as checkpoints:
         state, extra = checkpoints.restore(abstract(make_state(), one_device()))
     assert_same_bits(state, make_state(1))
     assert extra == {"next_index": 1}
@@ -251,18 +295,20 @@ def test_a_killed_save_leaves_the_last_step(tmp_path):
 def test_restore_params_of_a_workdir_or_a_step(tmp_path, monkeypatch):
     save_steps(tmp_path / "checkpoints", 1, 2, 3)
     flip_bit(tmp_path / "checkpoints" / "3", 3)  # in the optimiser's state, which is not read
-    assert_same_bits(checkpoint.restore_params(tmp_path), make_state(3).params)
+    assert_same_bits(orbax.restore_params(tmp_path), make_state(3).params)
     sharded = abstract(make_state().params, on_mesh(2, 4))
-    found = checkpoint.restore_params(tmp_path / "checkpoints" / "2", jnp.float32, sharded)
-    assert_same_bits(found, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), make_state(2).params))
+    found = orbax.restore_params(tmp_path / "checkpoints" / "2", jnp.float32, sharded)
+    assert_same_bits(
+        found, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), make_state(2).params)
+    )
     assert all(leaf.sharding == on_mesh(2, 4)(leaf) for leaf in jax.tree.leaves(found))
     lose_arrays(tmp_path / "checkpoints" / "3", 3)
-    assert_same_bits(checkpoint.restore_params(tmp_path), make_state(2).params)
+    assert_same_bits(orbax.restore_params(tmp_path), make_state(2).params)
     monkeypatch.chdir(tmp_path)
-    assert_same_bits(checkpoint.restore_params("checkpoints/1"), make_state(1).params)
+    assert_same_bits(orbax.restore_params("checkpoints/1"), make_state(1).params)
     for path in ("nowhere", "checkpoints/9", "checkpoints"):
         with pytest.raises(FileNotFoundError, match=f"{path} holds no checkpoint; give a workdir"):
-            checkpoint.restore_params(path)
+            orbax.restore_params(path)
 
 
 def test_hosts_fall_back_together(tmp_path):
@@ -299,10 +345,15 @@ def test_hosts_fall_back_together(tmp_path):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
-        commands = [[sys.executable, "-c", code, root, address, str(host), str(tmp_path), *more] for host in (0, 1)]
+        commands = [
+            [sys.executable, "-c", code, root, address, str(host), str(tmp_path), *more]
+            for host in (0, 1)
+        ]
         environment = {**os.environ, "XLA_FLAGS": ""}  # one device a host
         hosts = [
-            subprocess.Popen(c, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            subprocess.Popen(
+                c, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
             for c in commands
         ]
         try:
@@ -316,16 +367,22 @@ def test_hosts_fall_back_together(tmp_path):
     run_two()
     one = "restored {'next_index': 1} True"
     assert all(one in out for out in run_two("1"))  # the second host alone cannot read the record
-    path, _ = file_with(tmp_path / "2", make_state(2).opt_state[0]["nu"][256:])  # the second host's shard
+    path, _ = file_with(
+        tmp_path / "2", make_state(2).opt_state[0]["nu"][256:]
+    )  # the second host's shard
     path.write_bytes(path.read_bytes()[:5000])
     assert all(one in out for out in run_two())
 
 
-@pytest.mark.parametrize("saved, others, shown", [((1,), 2, "1, 2"), ((), 1, "-1, 1"), ((1,), -1, "1, -1")])
+@pytest.mark.parametrize(
+    "saved, others, shown", [((1,), 2, "1, 2"), ((), 1, "-1, 1"), ((1,), -1, "1, -1")]
+)
 def test_hosts_that_see_different_steps_are_one_error(tmp_path, monkeypatch, saved, others, shown):
     save_steps(tmp_path, *saved)
-    monkeypatch.setattr(checkpoint.multihost_utils, "process_allgather", lambda mine: np.stack([mine, [others, 1]]))
+    monkeypatch.setattr(
+        checkpoint.multihost_utils, "process_allgather", lambda mine: np.stack([mine, [others, 1]])
+    )
     message = rf"the hosts see different checkpoints \(steps \[{shown}\].*--workdir"
-    with checkpoint.Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match=message) as error:
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match=message) as error:
         checkpoints.restore(abstract(make_state(), one_device()))
     assert "\n" not in str(error.value)

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from configs import base
-from llada_jax import metrics, sudoku, train
-from llada_jax import plan as plan_lib
+from llada_jax import metrics
+from llada_jax.tasks import sudoku
+from llada_jax.train import experiment, loop
+from llada_jax.train.loop import STOPPED
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LAUNCHER = [sys.executable, str(ROOT / "launch" / "local_cluster.py")]
@@ -27,7 +29,11 @@ def config(tmp_path_factory):
     with (directory / "pairs.jsonl").open("w") as f:
         for n, r in zip([16, 9, 5, 8] * 15, sudoku.records(60, seed=2), strict=True):
             wrong = r["response"].translate(str.maketrans("1234", "2341"))
-            pair = {"prompt": r["prompt"][:n], "chosen": r["response"][:n], "rejected": wrong[: n - n % 2]}
+            pair = {
+                "prompt": r["prompt"][:n],
+                "chosen": r["response"][:n],
+                "rejected": wrong[: n - n % 2],
+            }
             f.write(json.dumps(pair) + "\n")
     changes = {
         "init_from": str(ROOT / "llada_jax" / "assets" / "sudoku"),
@@ -77,22 +83,35 @@ def run_here(config, workdir):
     """One process with eight devices: this one."""
     c = base.get_config()
     c.update_from_flattened_dict(config[1])
-    return train.train(plan_lib.make_plan(c, workdir))
+    return loop.train(experiment.make_plan(c, workdir))
 
 
 def lines(workdir):
     path = workdir / "metrics.jsonl"
-    return [json.loads(x) for x in path.read_text().splitlines(True) if x[-1] == "\n"] if path.exists() else []
+    return (
+        [json.loads(x) for x in path.read_text().splitlines(True) if x[-1] == "\n"]
+        if path.exists()
+        else []
+    )
 
 
 def assert_same_steps(here, there):
     here, there = lines(here), lines(there)
     assert [x["step"] for x in here] == [x["step"] for x in there]
     for a, b in zip(here, there, strict=True):
-        for name in ("loss", "loss/sft", "grad_norm", "pairs", "eval/loss/preference", "eval/loss/sft"):
+        for name in (
+            "loss",
+            "loss/sft",
+            "grad_norm",
+            "pairs",
+            "eval/loss/preference",
+            "eval/loss/sft",
+        ):
             if name in b:
                 rtol = 1e-6 if name == "loss" else 1e-5
-                np.testing.assert_allclose(a[name], b[name], rtol=rtol, err_msg=f"{name} at step {a['step']}")
+                np.testing.assert_allclose(
+                    a[name], b[name], rtol=rtol, err_msg=f"{name} at step {a['step']}"
+                )
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +132,7 @@ def test_two_processes_take_the_steps_of_one_and_one_goes_on_with_them(config, w
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
         said, errors = process.communicate(timeout=120)
-    assert process.returncode == train.STOPPED, errors
+    assert process.returncode == STOPPED, errors
     assert "[0] stopped at step" in said and "[1] stopped" not in said and "of 2 hosts" in said
     assert 3 < lines(tmp_path)[-1]["step"] <= NUM_STEPS
     assert run_here(config, tmp_path) == 0
@@ -131,7 +150,7 @@ def test_two_processes_go_on_with_the_run_of_one(config, whole, tmp_path, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(metrics.Writer, "write", stopping)
-        assert run_here(config, tmp_path) == train.STOPPED
+        assert run_here(config, tmp_path) == STOPPED
     # Now the devices of a host hold rows of their own, and the parameters are split over all.
     with cluster(*trainer(config, tmp_path, **{"mesh.data": 2, "mesh.fsdp": 4})) as process:
         said, errors = process.communicate(timeout=300)
@@ -144,7 +163,10 @@ def test_bad_input_is_one_line(config, tmp_path):
     with cluster(*trainer(config, tmp_path, **{"mesh.tensor": 3})) as process:
         said, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and "Traceback" not in errors
-    assert "its last lines:\n    error: mesh sizes data=-1, fsdp=1, tensor=3 do not fit 8 devices" in errors
+    assert (
+        "its last lines:\n    error: mesh sizes data=-1, fsdp=1, tensor=3 do not fit 8 devices"
+        in errors
+    )
 
 
 WAITING = """

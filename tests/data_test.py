@@ -10,7 +10,12 @@ import time
 import numpy as np
 import pytest
 
-from llada_jax import data, packing, tokenizer
+from llada_jax import tokenizer
+from llada_jax.data import batches as batches_lib
+from llada_jax.data import rows as rows_lib
+from llada_jax.data import templates
+from llada_jax.data.packing import Packer
+from llada_jax.tokenizer import EOT, Tokenizer
 
 CORPUS = ["the user asks and the assistant says hello", "numbers 12 and 345, a few more words"] * 3
 
@@ -23,8 +28,12 @@ def tok(tmp_path_factory):
 @pytest.fixture
 def prepare(tok, tmp_path):
     def prepare(source, kind, row_length=64, template="plain", **settings):
-        settings |= {"row_length": row_length, "template": template, "cache_dir": tmp_path / "cache"}
-        return data.prepare(source, kind, tok, **settings)
+        settings |= {
+            "row_length": row_length,
+            "template": template,
+            "cache_dir": tmp_path / "cache",
+        }
+        return rows_lib.prepare(source, kind, tok, **settings)
 
     return prepare
 
@@ -35,7 +44,11 @@ def words(n, seed=0):
 
 
 def pair(p, w, l, seed=0):
-    return {"prompt": words(p, seed), "chosen": "1" + words(w - 1, seed), "rejected": "2" + words(l - 1, seed)}
+    return {
+        "prompt": words(p, seed),
+        "chosen": "1" + words(w - 1, seed),
+        "rejected": "2" + words(l - 1, seed),
+    }
 
 
 def pairs(count, most=12, seed=1):
@@ -50,7 +63,9 @@ def segments(row):
         inside = row["segment_ids"] == s
         mask = row["response_mask"]
         assert (np.diff(mask[inside].astype(int)) >= 0).all()  # a prompt, then a response
-        found.append((row["tokens"][inside & ~mask].tolist(), row["tokens"][inside & mask].tolist()))
+        found.append(
+            (row["tokens"][inside & ~mask].tolist(), row["tokens"][inside & mask].tolist())
+        )
     return found
 
 
@@ -58,11 +73,18 @@ def segments(row):
 
 
 def test_bad_records_stop_or_are_counted(write, prepare, caplog):
-    bad = ["{broken", "[1]", {"prompt": "q"}, '{"prompt": "\\ud83d", "chosen": "1", "rejected": "2"}']
+    bad = [
+        "{broken",
+        "[1]",
+        {"prompt": "q"},
+        '{"prompt": "\\ud83d", "chosen": "1", "rejected": "2"}',
+    ]
     source = write([pair(1, 2, 3), *bad, "", pair(2, 3, 4)])
     with pytest.raises(ValueError) as e:
         prepare(source, "preference")
-    assert re.search(r"data\.jsonl:2: no JSON .*bad_records=\"skip\"$", str(e.value)) and "\n" not in str(e.value)
+    assert re.search(
+        r"data\.jsonl:2: no JSON .*bad_records=\"skip\"$", str(e.value)
+    ) and "\n" not in str(e.value)
     with caplog.at_level("WARNING", logger="absl"):
         stats = prepare(source, "preference", bad_records="skip").stats
     assert (stats.records, stats.bad, stats.samples) == (6, 4, 2)
@@ -73,10 +95,12 @@ def test_text_that_encodes_to_the_mask_is_bad(tok, write, tmp_path, monkeypatch)
     monkeypatch.setattr(tok, "mask_id", tok.encode("7")[0])
     source = write([{"prompt": "1", "response": "2"}, {"prompt": "1", "response": "27"}])
     with pytest.raises(ValueError, match=r"jsonl:2: its text encodes to the mask token"):
-        data.prepare(source, "sft", tok, row_length=64, cache_dir=tmp_path)
+        rows_lib.prepare(source, "sft", tok, row_length=64, cache_dir=tmp_path)
 
 
-@pytest.mark.parametrize("ids, reason", [([], "it has no tokens"), ([9], "chosen and rejected are the same tokens")])
+@pytest.mark.parametrize(
+    "ids, reason", [([], "it has no tokens"), ([9], "chosen and rejected are the same tokens")]
+)
 def test_what_a_tokenizer_leaves_of_a_record(ids, reason, tok, write, prepare, monkeypatch):
     monkeypatch.setattr(tok, "encode", lambda text: ids)
     with pytest.raises(ValueError, match=rf"jsonl:1: {reason}"):
@@ -88,10 +112,10 @@ def test_what_a_tokenizer_leaves_of_a_record(ids, reason, tok, write, prepare, m
 
 def test_encode_prompt(tok):
     messages = [{"role": "system", "content": "be"}, {"role": "user", "content": "12"}]
-    assert packing.encode_prompt(tok, "12", "plain") == [tok.bos_id, *tok.encode("12")]
-    assert packing.encode_prompt(tok, "12", "chat") == tok.chat_prompt(messages[1:])
-    assert packing.encode_prompt(tok, messages, "chat") == tok.chat_prompt(messages)
-    assert packing.encode_prompt(tok, messages, "plain") == [
+    assert templates.encode_prompt(tok, "12", "plain") == [tok.bos_id, *tok.encode("12")]
+    assert templates.encode_prompt(tok, "12", "chat") == tok.chat_prompt(messages[1:])
+    assert templates.encode_prompt(tok, messages, "chat") == tok.chat_prompt(messages)
+    assert templates.encode_prompt(tok, messages, "plain") == [
         tok.bos_id,
         *tok.encode("\n\nSystem: be\n\nHuman: 12\n\nAssistant: "),
     ]
@@ -104,8 +128,10 @@ def test_packed_pairs(template, tok, write, prepare):
     rows = prepare(write(records), "preference", row_length=160, template=template)
     want = collections.Counter()
     for r in records:
-        prompt = tuple(packing.encode_prompt(tok, r["prompt"], template))
-        want[tuple((prompt, (*tok.encode(r[key]), tok.eos_id)) for key in ("chosen", "rejected"))] += 1
+        prompt = tuple(templates.encode_prompt(tok, r["prompt"], template))
+        want[
+            tuple((prompt, (*tok.encode(r[key]), tok.eos_id)) for key in ("chosen", "rejected"))
+        ] += 1
     got = collections.Counter()
     for i in range(len(rows)):
         row = rows[i]
@@ -132,14 +158,22 @@ def test_first_fit(write, prepare):
     sizes = [41, 33, 23, 32]
     source = write([{"prompt": "1", "response": words(n - 3)} for n in sizes])
     rows = prepare(source, "sft")
-    assert [[len(p) + len(r) for p, r in segments(rows[i])] for i in range(len(rows))] == [[41, 23], [33], [32]]
+    assert [[len(p) + len(r) for p, r in segments(rows[i])] for i in range(len(rows))] == [
+        [41, 23],
+        [33],
+        [32],
+    ]
 
 
 def test_the_number_of_open_rows_is_bounded(write, prepare, monkeypatch):
     monkeypatch.setattr(packing, "OPEN_ROWS", 2)
     source = write([{"prompt": "1", "response": words(n - 3)} for n in (40, 41, 42, 20)])
     rows = prepare(source, "sft")
-    assert [rows[i]["segment_ids"].max() for i in range(len(rows))] == [1, 2, 1]  # the first was closed
+    assert [rows[i]["segment_ids"].max() for i in range(len(rows))] == [
+        1,
+        2,
+        1,
+    ]  # the first was closed
 
 
 def test_too_long_pairs_are_dropped(write, prepare):
@@ -179,13 +213,17 @@ def test_a_pair_that_becomes_equal_is_dropped(write, prepare):
 
 
 def test_truncated_sft(tok, write, prepare):
-    source = write([{"prompt": words(10), "response": words(70)}, {"prompt": words(63), "response": "1"}])
+    source = write(
+        [{"prompt": words(10), "response": words(70)}, {"prompt": words(63), "response": "1"}]
+    )
     rows = prepare(source, "sft", too_long="truncate")
     assert (rows.stats.truncated, rows.stats.too_long_dropped, rows.stats.tokens) == (1, 1, 64)
     assert segments(rows[0]) == [([tok.bos_id, *tok.encode(words(10))], tok.encode(words(70))[:53])]
 
 
-@pytest.mark.parametrize("multiple, answers", [(1, [4, 8]), (8, [8, 8]), (5, [5, 10]), (64, [60, 60])])
+@pytest.mark.parametrize(
+    "multiple, answers", [(1, [4, 8]), (8, [8, 8]), (5, [5, 10]), (64, [60, 60])]
+)
 def test_answer_multiple(multiple, answers, tok, write, prepare):
     source = write([{"prompt": "123", "response": "456"}, {"prompt": "123", "response": "4567890"}])
     rows = prepare(source, "sft", answer_multiple=multiple)
@@ -217,7 +255,10 @@ def test_holdout_is_disjoint_and_complete(write, prepare):
     for split, holdout in (("train", 0.1), ("heldout", 0.1), ("train", 0.0)):
         rows = prepare(source, "sft", holdout=holdout, split=split)
         got[split, holdout] = {tuple(p) for i in range(len(rows)) for p, _ in segments(rows[i])}
-    assert got["train", 0.1] | got["heldout", 0.1] == got["train", 0.0] and len(got["train", 0.0]) == 500
+    assert (
+        got["train", 0.1] | got["heldout", 0.1] == got["train", 0.0]
+        and len(got["train", 0.0]) == 500
+    )
     assert not got["train", 0.1] & got["heldout", 0.1]
     assert 30 <= len(got["heldout", 0.1]) <= 70  # 50 +- 3 standard deviations
 
@@ -231,17 +272,21 @@ def test_limit(write, prepare):
 # ---- the cache
 
 
-def test_the_cache_is_used_and_covers_content_and_settings(write, prepare, tok, tmp_path, monkeypatch):
+def test_the_cache_is_used_and_covers_content_and_settings(
+    write, prepare, tok, tmp_path, monkeypatch
+):
     source = write(pairs(20))
     first = prepare(source, "preference")
     (tmp_path / "data.jsonl").rename(tmp_path / "moved.jsonl")
     with monkeypatch.context() as m:
-        m.setattr(tokenizer.Tokenizer, "encode", None)
+        m.setattr(Tokenizer, "encode", None)
         again = prepare(f"jsonl:{tmp_path}/moved.jsonl", "preference")  # the path does not matter
     assert again.fingerprint == first.fingerprint and again.stats == first.stats
     assert all((a[key] == b[key]).all() for a, b in zip(first, again, strict=True) for key in a)
     other = {
-        prepare(f"jsonl:{tmp_path}/moved.jsonl", "preference", **{"row_length": 64, **change}).fingerprint
+        prepare(
+            f"jsonl:{tmp_path}/moved.jsonl", "preference", **{"row_length": 64, **change}
+        ).fingerprint
         for change in (
             {"row_length": 128},
             {"template": "chat", "row_length": 256},
@@ -263,7 +308,9 @@ def test_the_cache_is_used_and_covers_content_and_settings(write, prepare, tok, 
 def test_another_tokenizer_is_another_cache(write, prepare, tok, tmp_path):
     source = write(pairs(5))
     small = tokenizer.train(CORPUS, tmp_path / "t", vocab_size=310)
-    other = data.prepare(source, "preference", small, row_length=64, template="plain", cache_dir=tmp_path / "cache")
+    other = rows_lib.prepare(
+        source, "preference", small, row_length=64, template="plain", cache_dir=tmp_path / "cache"
+    )
     assert prepare(source, "preference", row_length=64).fingerprint != other.fingerprint
 
 
@@ -273,7 +320,9 @@ def test_a_failure_leaves_nothing_behind(write, prepare, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"^[^\n]*data\.jsonl:101: no JSON[^\n]*$"):
         prepare(source, "preference")
     assert not list((tmp_path / "cache").iterdir())
-    monkeypatch.setattr(data._Builder, "_generate_examples", lambda self: iter([(0, {"tokens": "x"})]))
+    monkeypatch.setattr(
+        rows_lib._Builder, "_generate_examples", lambda self: iter([(0, {"tokens": "x"})])
+    )
     with pytest.raises(Exception):  # noqa: B017  (whatever TFDS makes of it)
         prepare(source, "preference", bad_records="skip")
     assert not list((tmp_path / "cache").iterdir())
@@ -298,10 +347,10 @@ def test_what_a_killed_preparation_left_is_removed_after_a_day(write, prepare, t
 
 def test_the_loser_of_a_race_uses_the_rows_of_the_winner(write, prepare, tmp_path, monkeypatch):
     source = write(pairs(20))
-    write_rows = data._write
+    write_rows = rows_lib._write
 
     def late(packer, directory, fingerprint):
-        write_rows(packing.Packer(packer.source, packer.tokenizer, packer.settings), directory, fingerprint)
+        write_rows(Packer(packer.source, packer.tokenizer, packer.settings), directory, fingerprint)
         write_rows(packer, directory, fingerprint)
 
     monkeypatch.setattr(data, "_write", late)
@@ -318,8 +367,16 @@ def test_sources_that_give_nothing(write, prepare):
         (write([], "empty.jsonl"), {}, "empty.jsonl holds no record; give"),
         (write(["", ""], "blank.jsonl"), {}, "holds no record"),
         (write(["{"], "bad.jsonl"), {"bad_records": "skip"}, "gives no sample .*bad 1"),
-        (write([pair(40, 9, 9)], "long.jsonl"), {}, "gives no sample .*too_long_dropped 1.*row_length"),
-        (write(pairs(1), "one.jsonl"), {"holdout": 0.01, "split": "heldout"}, "in its heldout split"),
+        (
+            write([pair(40, 9, 9)], "long.jsonl"),
+            {},
+            "gives no sample .*too_long_dropped 1.*row_length",
+        ),
+        (
+            write(pairs(1), "one.jsonl"),
+            {"holdout": 0.01, "split": "heldout"},
+            "in its heldout split",
+        ),
     ]
     for source, settings, message in cases:
         with pytest.raises(ValueError, match=message) as e:
@@ -347,11 +404,11 @@ def test_sources_that_give_nothing(write, prepare):
 def test_settings_are_checked(settings, message, tok, tmp_path, write):
     given = {"kind": "preference", "row_length": 64, "cache_dir": tmp_path, **settings}
     with pytest.raises(ValueError, match=message):
-        data.prepare(write(pairs(2)), given.pop("kind"), tok, **given)
+        rows_lib.prepare(write(pairs(2)), given.pop("kind"), tok, **given)
 
 
 def test_a_template_that_the_tokenizer_cannot_write(tok, write, prepare, monkeypatch):
-    monkeypatch.setitem(tok._specials, tokenizer.EOT, None)
+    monkeypatch.setitem(tok._specials, EOT, None)
     with pytest.raises(ValueError, match=r"the chat template needs <\|eot_id\|>"):
         prepare(write(pairs(2)), "preference", template="chat")
 
@@ -375,18 +432,23 @@ def same(a, b):
 
 
 def test_batches(rows):
-    batch = next(data.loader(rows, batch_rows=4, seed=0, shuffle=False))
-    assert {name: getattr(batch, name).shape for name in ("tokens", "segment_ids", "positions", "response_mask")} == (
-        dict.fromkeys(("tokens", "segment_ids", "positions", "response_mask"), (4, 100))
-    )
+    batch = next(batches_lib.loader(rows, batch_rows=4, seed=0, shuffle=False))
+    assert {
+        name: getattr(batch, name).shape
+        for name in ("tokens", "segment_ids", "positions", "response_mask")
+    } == (dict.fromkeys(("tokens", "segment_ids", "positions", "response_mask"), (4, 100)))
     assert [batch.tokens.dtype, batch.segment_ids.dtype, batch.positions.dtype] == [np.int32] * 3
-    assert batch.response_mask.dtype == bool and batch.row_ids.dtype == batch.epochs.dtype == np.int32
+    assert (
+        batch.response_mask.dtype == bool and batch.row_ids.dtype == batch.epochs.dtype == np.int32
+    )
     assert batch.row_ids.tolist() == [0, 1, 2, 3]
     for r in range(4):
         size = len(rows[r]["tokens"])
         for name, value in rows[r].items():
             assert (getattr(batch, name)[r, :size] == value).all()
-        assert (batch.tokens[r, size:] == rows.pad_id).all() and not batch.segment_ids[r, size:].any()
+        assert (batch.tokens[r, size:] == rows.pad_id).all() and not batch.segment_ids[
+            r, size:
+        ].any()
         assert not batch.response_mask[r, size:].any()
         for s in range(1, batch.segment_ids[r].max() + 1):
             inside = batch.positions[r][batch.segment_ids[r] == s]
@@ -395,30 +457,48 @@ def test_batches(rows):
 
 def test_each_epoch_is_a_new_permutation(rows):
     n = len(rows)
-    batches = take(data.loader(rows, batch_rows=1, seed=0, epochs=3))
+    batches = take(batches_lib.loader(rows, batch_rows=1, seed=0, epochs=3))
     ids = np.concatenate([b.row_ids for b in batches]).reshape(3, n)
     assert (np.sort(ids) == np.arange(n)).all()
     assert len({tuple(order) for order in ids.tolist()} | {tuple(range(n))}) == 4
     assert np.concatenate([b.epochs for b in batches]).tolist() == sorted([0, 1, 2] * n)
     for seed in (0, 1):
-        other = np.concatenate([b.row_ids for b in data.loader(rows, batch_rows=1, seed=seed, epochs=3)]).reshape(3, n)
+        other = np.concatenate(
+            [b.row_ids for b in batches_lib.loader(rows, batch_rows=1, seed=seed, epochs=3)]
+        ).reshape(3, n)
         assert (other == ids).all() if seed == 0 else not {*map(tuple, other)} & {*map(tuple, ids)}
 
 
 @pytest.mark.parametrize("start", [0, 1, 5, 12, 39])
 def test_resume_at_any_index(rows, start):
-    all_ids = np.concatenate([b.row_ids for b in take(data.loader(rows, batch_rows=1, seed=3), 60)])
-    resumed = data.loader(rows, batch_rows=4, seed=3, start=start)
+    all_ids = np.concatenate(
+        [b.row_ids for b in take(batches_lib.loader(rows, batch_rows=1, seed=3), 60)]
+    )
+    resumed = batches_lib.loader(rows, batch_rows=4, seed=3, start=start)
     assert resumed.next_index == start
-    assert np.concatenate([b.row_ids for b in take(resumed, 5)]).tolist() == all_ids[start : start + 20].tolist()
+    assert (
+        np.concatenate([b.row_ids for b in take(resumed, 5)]).tolist()
+        == all_ids[start : start + 20].tolist()
+    )
     assert resumed.next_index == start + 20
 
 
 @pytest.mark.parametrize("shards", [2, 4])
 def test_shards_make_the_same_global_batch(rows, shards):
-    whole = take(data.loader(rows, batch_rows=8, seed=3, start=3), 6)
+    whole = take(batches_lib.loader(rows, batch_rows=8, seed=3, start=3), 6)
     parts = [
-        take(data.loader(rows, batch_rows=8, seed=3, start=3, shard_index=s, shard_count=shards, threads=s + 1), 6)
+        take(
+            batches_lib.loader(
+                rows,
+                batch_rows=8,
+                seed=3,
+                start=3,
+                shard_index=s,
+                shard_count=shards,
+                threads=s + 1,
+            ),
+            6,
+        )
         for s in range(shards)
     ]
     for k, batch in enumerate(whole):
@@ -432,33 +512,38 @@ def test_the_last_batch(rows):
     size = n // 2 + 1  # two batches do not fill up
 
     def ids(**given):
-        return [b.row_ids.tolist() for b in data.loader(rows, batch_rows=size, seed=0, shuffle=False, **given)]
+        return [
+            b.row_ids.tolist()
+            for b in batches_lib.loader(rows, batch_rows=size, seed=0, shuffle=False, **given)
+        ]
 
     assert ids(epochs=1) == [list(range(size))]
     padded = [*range(size, n), *[-1] * (2 * size - n)]
     assert ids(epochs=1, pad=True) == [list(range(size)), padded]
     assert ids(epochs=1, pad=True, start=size) == [padded]
     assert ids(epochs=1, start=2 * size) == []
-    last = take(data.loader(rows, batch_rows=size, seed=0, epochs=1, pad=True))[-1]
+    last = take(batches_lib.loader(rows, batch_rows=size, seed=0, epochs=1, pad=True))[-1]
     assert (
-        not last.segment_ids[-1].any() and not last.response_mask[-1].any() and (last.tokens[-1] == rows.pad_id).all()
+        not last.segment_ids[-1].any()
+        and not last.response_mask[-1].any()
+        and (last.tokens[-1] == rows.pad_id).all()
     )
-    big = take(data.loader(rows, batch_rows=2 * n, seed=0, epochs=1, pad=True))
+    big = take(batches_lib.loader(rows, batch_rows=2 * n, seed=0, epochs=1, pad=True))
     assert len(big) == 1 and (big[0].row_ids >= 0).sum() == n
 
 
 def test_loader_settings_are_checked(rows):
     with pytest.raises(ValueError, match="batch_rows=6 cannot be shared by shard 0 of 4"):
-        data.loader(rows, batch_rows=6, seed=0, shard_count=4)
+        batches_lib.loader(rows, batch_rows=6, seed=0, shard_count=4)
     with pytest.raises(ValueError, match="shard 4 of 4"):
-        data.loader(rows, batch_rows=8, seed=0, shard_index=4, shard_count=4)
+        batches_lib.loader(rows, batch_rows=8, seed=0, shard_index=4, shard_count=4)
     with pytest.raises(ValueError, match=f"{len(rows)} rows x 1 epochs fill no batch of 1000"):
-        data.loader(rows, batch_rows=1000, seed=0, epochs=1)
+        batches_lib.loader(rows, batch_rows=1000, seed=0, epochs=1)
 
 
 def test_one_row(write, prepare):
     rows = prepare(write(pairs(1)), "preference")
-    batch = next(data.loader(rows, batch_rows=3, seed=0))
+    batch = next(batches_lib.loader(rows, batch_rows=3, seed=0))
     assert batch.row_ids.tolist() == [0, 0, 0] and batch.epochs.tolist() == [0, 1, 2]
 
 

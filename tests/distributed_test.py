@@ -9,7 +9,7 @@ import sys
 import jax
 import pytest
 
-from llada_jax import distributed
+from llada_jax.parallel import hosts
 
 CLEAN = (
     "JAX_COORDINATOR_ADDRESS JAX_NUM_PROCESSES JAX_PROCESS_ID SLURM_STEP_NODELIST SLURM_PROCID SLURM_NTASKS "
@@ -30,7 +30,11 @@ def called(monkeypatch):
 @pytest.mark.parametrize(
     "flags, set_before, threads",
     [
-        ("--xla_force_host_platform_device_count=2 --xla_force_host_platform_device_count=4", None, "32"),
+        (
+            "--xla_force_host_platform_device_count=2 --xla_force_host_platform_device_count=4",
+            None,
+            "32",
+        ),
         ("--xla_force_host_platform_device_count=4", "5", "5"),
         ("--xla_force_host_platform_device_count=1", None, None),
         ("", None, None),
@@ -41,7 +45,7 @@ def test_virtual_devices_get_threads_enough(called, monkeypatch, flags, set_befo
     monkeypatch.setenv("PJRT_NPROC", set_before or "")
     if set_before is None:
         monkeypatch.delenv("PJRT_NPROC")
-    distributed.initialize()
+    hosts.initialize()
     assert os.environ.get("PJRT_NPROC") == threads
 
 
@@ -49,16 +53,20 @@ EXPLICIT = {"coordinator_address": "a:1", "num_processes": 2, "process_id": 1}
 
 
 def test_one_process_alone_joins_nothing(called):
-    distributed.initialize()
+    hosts.initialize()
     assert called == []
 
 
 def test_flags_go_before_the_environment(called, monkeypatch):
-    distributed.initialize(**EXPLICIT)
-    for name, value in (("COORDINATOR_ADDRESS", "b:2"), ("NUM_PROCESSES", "4"), ("PROCESS_ID", "0")):
+    hosts.initialize(**EXPLICIT)
+    for name, value in (
+        ("COORDINATOR_ADDRESS", "b:2"),
+        ("NUM_PROCESSES", "4"),
+        ("PROCESS_ID", "0"),
+    ):
         monkeypatch.setenv(f"JAX_{name}", value)
-    distributed.initialize()
-    distributed.initialize(process_id=3)
+    hosts.initialize()
+    hosts.initialize(process_id=3)
     from_environment = {"coordinator_address": "b:2", "num_processes": 4, "process_id": 0}
     expected = [EXPLICIT, from_environment, from_environment | {"process_id": 3}]
     assert called == [each | {"cluster_detection_method": "deactivate"} for each in expected]
@@ -68,7 +76,10 @@ def test_flags_go_before_the_environment(called, monkeypatch):
     "environment, joins",
     [
         ({"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, True),
-        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, False),  # in the batch script itself, not under srun
+        (
+            {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"},
+            False,
+        ),  # in the batch script itself, not under srun
         ({"SLURM_STEP_NODELIST": "n1", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, False),
         ({"OMPI_MCA_orte_hnp_uri": "1.0;tcp://h:1", "OMPI_COMM_WORLD_SIZE": "4"}, True),
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
@@ -79,7 +90,7 @@ def test_flags_go_before_the_environment(called, monkeypatch):
 def test_what_the_platform_offers(called, monkeypatch, environment, joins):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    distributed.initialize()
+    hosts.initialize()
     assert called == ([{}] if joins else [])
 
 
@@ -97,7 +108,10 @@ def tpu_vm(called, monkeypatch):
     "environment, joins",
     [
         ({}, True),
-        ({"TPU_PROCESS_ADDRESSES": "local", "TPU_WORKER_HOSTNAMES": "localhost"}, False),  # as Kaggle sets them
+        (
+            {"TPU_PROCESS_ADDRESSES": "local", "TPU_WORKER_HOSTNAMES": "localhost"},
+            False,
+        ),  # as Kaggle sets them
         ({"TPU_SKIP_MDS_QUERY": "1"}, False),
         ({"JAX_PLATFORMS": "cpu"}, False),
     ],
@@ -105,12 +119,14 @@ def tpu_vm(called, monkeypatch):
 def test_a_tpu_vm_may_be_in_a_pod(tpu_vm, monkeypatch, environment, joins):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    distributed.initialize()
+    hosts.initialize()
     assert tpu_vm == ([{}] if joins else [])
 
 
 NO_POD = ValueError("coordinator_address should be defined.")
-NO_SERVER = ConnectionError("metadata.google.internal: name not known")  # requests' errors are OSErrors too
+NO_SERVER = ConnectionError(
+    "metadata.google.internal: name not known"
+)  # requests' errors are OSErrors too
 
 
 def joining_raises(monkeypatch, error, connected=False):
@@ -124,7 +140,7 @@ def joining_raises(monkeypatch, error, connected=False):
 @pytest.mark.parametrize("error", [NO_POD, NO_SERVER])
 def test_a_tpu_vm_without_a_pod_goes_on_as_one_host(tpu_vm, monkeypatch, caplog, error):
     joining_raises(monkeypatch, error)
-    distributed.initialize()
+    hosts.initialize()
     assert f"No TPU pod found ({error}); going on as one host." in caplog.text
 
 
@@ -132,20 +148,30 @@ def test_a_tpu_vm_without_a_pod_goes_on_as_one_host(tpu_vm, monkeypatch, caplog,
     "error, connected, environment",
     [
         (RuntimeError("Failed to recognize coordinator address t1v-w-0"), False, {}),
-        (jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Deadline Exceeded\n\nRPC: RegisterTask"), True, {}),
+        (
+            jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Deadline Exceeded\n\nRPC: RegisterTask"),
+            True,
+            {},
+        ),
         (ValueError("unsupported worker-network-endpoints format: a:b"), False, {}),
         (NO_POD, True, {}),
         (NO_SERVER, True, {}),
         (NO_POD, False, {"TPU_WORKER_HOSTNAMES": "a,b"}),
-        (NO_SERVER, False, {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}),
+        (
+            NO_SERVER,
+            False,
+            {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"},
+        ),
     ],
 )
 def test_a_join_that_failed_is_one_line(tpu_vm, monkeypatch, error, connected, environment):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     joining_raises(monkeypatch, error, connected)
-    with pytest.raises(ConnectionError, match="could not join the others of the run .*, and start all again") as e:
-        distributed.initialize()
+    with pytest.raises(
+        ConnectionError, match="could not join the others of the run .*, and start all again"
+    ) as e:
+        hosts.initialize()
     assert " ".join(str(error).split()) in str(e.value) and "\n" not in str(e.value)
 
 
@@ -155,29 +181,45 @@ def test_jax_itself_finds_no_pod_here():
         "print('alone')"
     )
     environment = {name: value for name, value in os.environ.items() if name not in CLEAN}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
+    )
     assert done.stdout == "alone\n" and "No TPU pod found" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize(
     "given, environment, message",
     [
-        ({"num_processes": 2}, {}, r"num_processes=2 without --coordinator_address \(or JAX_COORDINATOR_ADDRESS\) and"),
+        (
+            {"num_processes": 2},
+            {},
+            r"num_processes=2 without --coordinator_address \(or JAX_COORDINATOR_ADDRESS\) and",
+        ),
         ({}, {"JAX_PROCESS_ID": "0"}, "process_id=0 without --coordinator_address"),
         ({}, {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES=two is no number"),
-        (EXPLICIT | {"process_id": 2}, {}, "process_id=2 is not one of num_processes=2: count from 0"),
-        (EXPLICIT | {"coordinator_address": "host"}, {}, "coordinator_address=host has no port: give HOST:PORT"),
+        (
+            EXPLICIT | {"process_id": 2},
+            {},
+            "process_id=2 is not one of num_processes=2: count from 0",
+        ),
+        (
+            EXPLICIT | {"coordinator_address": "host"},
+            {},
+            "coordinator_address=host has no port: give HOST:PORT",
+        ),
     ],
 )
 def test_what_is_incomplete_is_one_line(called, monkeypatch, given, environment, message):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message) as e:
-        distributed.initialize(**given)
+        hosts.initialize(**given)
     assert called == [] and "\n" not in str(e.value)
 
 
 def test_processes_that_nobody_joined_are_one_line(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 4)
-    with pytest.raises(ValueError, match="4 processes and no coordinator: pass --coordinator_address"):
-        distributed.check_joined()
+    with pytest.raises(
+        ValueError, match="4 processes and no coordinator: pass --coordinator_address"
+    ):
+        hosts.check_joined()

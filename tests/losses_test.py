@@ -36,7 +36,9 @@ def test_losses(kind, smoothing, expected):
 
 
 def test_the_gradient_is_sigmoid_of_minus_the_score_times_beta():
-    grads = jax.grad(lambda e: losses.preference_loss(*e, beta=BETA)[0].sum())(ELBOS[:2] + ELBOS[2:])
+    grads = jax.grad(lambda e: losses.preference_loss(*e, beta=BETA)[0].sum())(
+        ELBOS[:2] + ELBOS[2:]
+    )
     expected = BETA / (1 + np.exp(SCORE))
     np.testing.assert_allclose(grads[0], -expected, rtol=1e-5)
     np.testing.assert_allclose(grads[1], expected, rtol=1e-5)
@@ -66,4 +68,6 @@ def test_settings_without_a_meaning_are_one_line(settings, message):
 
 
 def test_denoising_loss_is_per_token_and_zero_for_padding():
-    np.testing.assert_allclose(losses.denoising_loss(jnp.array([-6.0, 0.0]), jnp.array([3.0, 0.0])), [2.0, 0.0])
+    np.testing.assert_allclose(
+        losses.denoising_loss(jnp.array([-6.0, 0.0]), jnp.array([3.0, 0.0])), [2.0, 0.0]
+    )

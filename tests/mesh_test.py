@@ -6,10 +6,15 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from llada_jax import mesh, optim, state
-from llada_jax.model import LLaDA, ModelConfig
+from llada_jax.models.llada import LLaDA, ModelConfig
+from llada_jax.parallel import mesh
+from llada_jax.train import optim, state
 
-MODEL = LLaDA(ModelConfig(d_model=16, n_heads=4, n_layers=2, vocab_size=32, mask_token_id=31, mlp_hidden_size=24))
+MODEL = LLaDA(
+    ModelConfig(
+        d_model=16, n_heads=4, n_layers=2, vocab_size=32, mask_token_id=31, mlp_hidden_size=24
+    )
+)
 TX = optim.make_optimizer(optim.make_schedule(peak=1e-3, warmup_steps=1, num_steps=10))
 
 
@@ -38,7 +43,10 @@ def test_parameters_and_moments_are_sharded_by_the_rules_and_made_where_they_liv
         assert {blocks[name]["kernel"].sharding.spec for name in names.split()} == {spec}
     assert made.params["wte"]["embedding"].sharding.spec == P("tensor", "fsdp")
     assert made.params["ff_out"]["kernel"].sharding.spec == P("fsdp", "tensor")
-    assert all(x.sharding.is_fully_replicated for x in (made.params["ln_f"]["scale"], blocks["attn_norm"]["scale"]))
+    assert all(
+        x.sharding.is_fully_replicated
+        for x in (made.params["ln_f"]["scale"], blocks["attn_norm"]["scale"])
+    )
     moments = jax.tree.leaves(made.opt_state)
     assert sum(x.shape == kernel.shape and x.sharding == kernel.sharding for x in moments) >= 2
     abstract = state.abstract_state(MODEL, TX, m)
@@ -53,16 +61,24 @@ def test_the_same_parameters_on_any_mesh():
 
 
 def test_given_parameters_are_taken():
-    params = jax.tree.map(np.asarray, state.init_state(MODEL, TX, mesh.make_mesh(), jax.random.key(3)).params)
+    params = jax.tree.map(
+        np.asarray, state.init_state(MODEL, TX, mesh.make_mesh(), jax.random.key(3)).params
+    )
     made = state.init_state(MODEL, TX, mesh.make_mesh(1, 4, 2), jax.random.key(0), params)
     jax.tree.map(np.testing.assert_array_equal, made.params, params)
 
 
 def test_schedule_and_weight_decay():
     schedule = optim.make_schedule(peak=2.0, warmup_steps=4, num_steps=20, end_fraction=0.1)
-    np.testing.assert_allclose([schedule(i) for i in (0, 2, 4, 12, 20)], [0, 1, 2, 1.1, 0.2], rtol=1e-5)
-    constant = optim.make_schedule(peak=2.0, warmup_steps=4, num_steps=20, end_fraction=0.1, kind="constant")
-    np.testing.assert_allclose([constant(i) for i in (0, 2, 4, 18, 19, 20)], [0, 1, 2, 2, 1.1, 0.2], rtol=1e-5)
+    np.testing.assert_allclose(
+        [schedule(i) for i in (0, 2, 4, 12, 20)], [0, 1, 2, 1.1, 0.2], rtol=1e-5
+    )
+    constant = optim.make_schedule(
+        peak=2.0, warmup_steps=4, num_steps=20, end_fraction=0.1, kind="constant"
+    )
+    np.testing.assert_allclose(
+        [constant(i) for i in (0, 2, 4, 18, 19, 20)], [0, 1, 2, 2, 1.1, 0.2], rtol=1e-5
+    )
     with pytest.raises(ValueError, match="warmup_steps=20"):
         optim.make_schedule(peak=1.0, warmup_steps=20, num_steps=20)
     params = state.init_state(MODEL, TX, mesh.make_mesh(), jax.random.key(0)).params

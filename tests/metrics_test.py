@@ -11,10 +11,13 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from llada_jax import metrics
+from llada_jax.metrics.__main__ import main, read
 
 
 def test_mean_and_stderr_are_numpys():
-    values = np.random.default_rng(0).normal(-500, 1, 60).astype(np.float32)  # small spread beside a large mean
+    values = (
+        np.random.default_rng(0).normal(-500, 1, 60).astype(np.float32)
+    )  # small spread beside a large mean
     mask = np.arange(60) % 3 > 0
     values[~mask] = np.nan
     mean = jax.jit(metrics.Mean.of)(values.reshape(5, 12), mask.reshape(5, 12))
@@ -29,21 +32,37 @@ def test_merged_means_are_the_mean_of_everything():
     for part in (values[:1], values[1:30], values[30:]):
         merged = jax.jit(metrics.Mean.merge)(merged, metrics.Mean.of(part))
     np.testing.assert_allclose(merged.value, values.astype(np.float64).mean(), rtol=1e-6)
-    np.testing.assert_allclose(merged.stderr, values.astype(np.float64).std(ddof=1) / np.sqrt(40), rtol=1e-4)
-    assert np.isnan(metrics.Mean.of(values[:0]).value) and np.isnan(metrics.Mean.of(values[:1]).stderr)
+    np.testing.assert_allclose(
+        merged.stderr, values.astype(np.float64).std(ddof=1) / np.sqrt(40), rtol=1e-4
+    )
+    assert np.isnan(metrics.Mean.of(values[:0]).value) and np.isnan(
+        metrics.Mean.of(values[:1]).stderr
+    )
 
 
 def test_writer_drops_steps_logged_after_the_checkpoint(tmp_path):
     with metrics.Writer(tmp_path / "run") as writer:
         for step in range(1, 6):
-            writer.write(step, {"loss": jnp.float32(step), "grad_norm": jnp.nan, "mean": metrics.Mean.of(jnp.ones(3))})
+            writer.write(
+                step,
+                {
+                    "loss": jnp.float32(step),
+                    "grad_norm": jnp.nan,
+                    "mean": metrics.Mean.of(jnp.ones(3)),
+                },
+            )
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "lo')  # torn by the crash
     with metrics.Writer(tmp_path / "run", start_step=3) as writer:
         writer.write(4, {"loss": 40.0})
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    assert lines[0] == {"step": 1, "loss": 1.0, "grad_norm": None, "mean": 1.0} and lines[-1]["loss"] == 40.0
+    assert (
+        lines[0] == {"step": 1, "loss": 1.0, "grad_norm": None, "mean": 1.0}
+        and lines[-1]["loss"] == 40.0
+    )
     assert len(list((tmp_path / "run" / "tb").iterdir())) == 2
     assert not list((tmp_path / "run").glob("*.tmp"))
 
@@ -69,13 +88,17 @@ def test_writer_on_a_path_without_append(tmp_path, monkeypatch):
     writer.flush()
     writer.write(2, {"loss": 2.0})
     writer.close()
-    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    assert [
+        json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ] == [1, 2]
 
 
 def test_progress_lines_and_recent_rates(capsys):
     now = 100.0
     progress = metrics.Progress(1000, 200, every=10, window=30, clock=lambda: now)
-    assert progress.update(201, {"loss": 2.5}, tokens=4096) == {}  # one update is no rate: it waited for the compiler
+    assert (
+        progress.update(201, {"loss": 2.5}, tokens=4096) == {}
+    )  # one update is no rate: it waited for the compiler
     assert capsys.readouterr().out == "step 201/1000  loss 2.5\n"
     rates = {}
     for step in range(202, 300):  # a step a second, then two a second: only the last 30 s count
@@ -87,7 +110,9 @@ def test_progress_lines_and_recent_rates(capsys):
     assert len(capsys.readouterr().out.splitlines()) == 6
     progress.close()
     last = capsys.readouterr().out
-    assert last.startswith("step 299/1000  2 steps/s  8.19k tokens/s  5m 5") and last.endswith(" left  loss 299\n")
+    assert last.startswith("step 299/1000  2 steps/s  8.19k tokens/s  5m 5") and last.endswith(
+        " left  loss 299\n"
+    )
 
 
 def test_progress_is_a_bar_on_a_terminal(capsys, monkeypatch):
@@ -106,13 +131,18 @@ def test_curves_of_runs_are_plotted(tmp_path, monkeypatch):
             writer.write(3, {"eval/x": 2.0 + offset})
     with open(tmp_path / "b" / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "eval/x": 3.')  # a run that is writing, or crashed
-    assert metrics.read(tmp_path / "b", "eval/x")[:2] == ([1, 3], [1.5, 2.5])
+    assert read(tmp_path / "b", "eval/x")[:2] == ([1, 3], [1.5, 2.5])
     out = tmp_path / "curve.png"
-    metrics.main([f"a={tmp_path / 'a'}", f"b={tmp_path / 'b'}", "--metric=eval/x", f"--out={out}"])
+    main([f"a={tmp_path / 'a'}", f"b={tmp_path / 'b'}", "--metric=eval/x", f"--out={out}"])
     assert out.read_bytes().startswith(b"\x89PNG")
-    for run, metric, message in ((tmp_path / "a", "loss", "has no 'loss'"), (tmp_path / "c", "x", "does not exist")):
+    for run, metric, message in (
+        (tmp_path / "a", "loss", "has no 'loss'"),
+        (tmp_path / "c", "x", "does not exist"),
+    ):
         with pytest.raises(SystemExit, match=message):
-            metrics.main([f"a={run}", f"--metric={metric}", f"--out={out}"])
+            main([f"a={run}", f"--metric={metric}", f"--out={out}"])
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(SystemExit, match=r"error: plots need matplotlib: pip install 'llada_jax\[plot\]'$"):
-        metrics.main([f"a={tmp_path / 'a'}", "--metric=eval/x", f"--out={out}"])
+    with pytest.raises(
+        SystemExit, match=r"error: plots need matplotlib: pip install 'llada_jax\[plot\]'$"
+    ):
+        main([f"a={tmp_path / 'a'}", "--metric=eval/x", f"--out={out}"])

@@ -8,11 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llada_jax import model
-from llada_jax.model import LLaDA, ModelConfig
+from llada_jax.models import llada
+from llada_jax.models.llada import LLaDA, ModelConfig
 
 CONFIG = ModelConfig(
-    d_model=32, n_heads=4, n_kv_heads=2, n_layers=2, vocab_size=96, mask_token_id=95, mlp_hidden_size=48
+    d_model=32,
+    n_heads=4,
+    n_kv_heads=2,
+    n_layers=2,
+    vocab_size=96,
+    mask_token_id=95,
+    mlp_hidden_size=48,
 )
 PUBLISHED_8B = {
     "d_model": 4096, "n_heads": 32, "n_kv_heads": 32, "n_layers": 32, "mlp_hidden_size": 12288, "vocab_size": 126464,
@@ -24,7 +30,9 @@ PUBLISHED_8B = {
 def params():
     # Weights ten times the usual, so that attention and positions matter.
     key = jax.random.key(0)
-    return jax.tree.map(lambda x: 10 * x, plain(jax.jit(LLaDA(CONFIG).init)(key, jnp.zeros((1, 4), int))["params"]))
+    return jax.tree.map(
+        lambda x: 10 * x, plain(jax.jit(LLaDA(CONFIG).init)(key, jnp.zeros((1, 4), int))["params"])
+    )
 
 
 def plain(tree):
@@ -37,7 +45,9 @@ def tokens():
 
 
 def test_a_packed_row_gives_what_its_segments_give_alone(params, tokens):
-    apply = jax.jit(lambda *args, **kwargs: LLaDA(CONFIG).apply({"params": params}, *args, **kwargs))
+    apply = jax.jit(
+        lambda *args, **kwargs: LLaDA(CONFIG).apply({"params": params}, *args, **kwargs)
+    )
     lengths = (7, 9, 4)
     row = jnp.concatenate([tokens[i, :n] for i, n in enumerate(lengths)])[None]
     segment_ids = jnp.repeat(jnp.array([1, 2, 0]), jnp.array(lengths))[None]
@@ -45,13 +55,17 @@ def test_a_packed_row_gives_what_its_segments_give_alone(params, tokens):
     packed = apply(row, segment_ids=segment_ids, positions=positions)[0]
     start = 0
     for i, n in enumerate(lengths):
-        np.testing.assert_allclose(packed[start : start + n], apply(tokens[i : i + 1, :n])[0], atol=2e-4)
+        np.testing.assert_allclose(
+            packed[start : start + n], apply(tokens[i : i + 1, :n])[0], atol=2e-4
+        )
         start += n
     assert np.abs(packed - apply(row)[0]).max() > 0.1, "without segments it is another function"
 
 
 def test_padded_keys_are_not_attended_to(params, tokens):
-    apply = jax.jit(lambda *args, **kwargs: LLaDA(CONFIG).apply({"params": params}, *args, **kwargs))
+    apply = jax.jit(
+        lambda *args, **kwargs: LLaDA(CONFIG).apply({"params": params}, *args, **kwargs)
+    )
     mask = jnp.arange(20) < 13
     changed = jnp.where(mask, tokens, 3)
     a = apply(tokens, attention_mask=jnp.broadcast_to(mask, tokens.shape).astype(int))
@@ -90,12 +104,16 @@ def test_token_logps_are_those_of_the_full_logits(tokens, chunk, weight_tying):
 
 def test_remat_and_unrolling_change_no_gradient(params, tokens):
     def gradient(**kwargs):
-        fn = lambda p: LLaDA(CONFIG, **kwargs).apply({"params": p}, tokens, tokens, method="token_logps").sum()
+        fn = lambda p: (
+            LLaDA(CONFIG, **kwargs).apply({"params": p}, tokens, tokens, method="token_logps").sum()
+        )
         return jax.jit(jax.grad(fn))(params)
 
     expected = gradient()
     for kwargs in ({"remat": "dots"}, {"remat": "full"}, {"unroll": 2}):
-        close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
+        close = lambda a, b: np.testing.assert_allclose(
+            a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max()
+        )
         jax.tree.map(close, gradient(**kwargs), expected)
 
 
@@ -112,11 +130,11 @@ def test_bfloat16_computes_in_bfloat16_and_returns_float32(params, tokens):
 
 def test_published_size_and_flops():
     config = ModelConfig.from_dict(PUBLISHED_8B)
-    count = model.num_params(config)
+    count = llada.num_params(config)
     assert round(sum(count.values()) / 1e9, 2) == 8.02 and round(count["layers"] / 1e9, 2) == 6.98
-    assert round(3 * model.flops_per_token(config, 4096) / 1e9, 1) == 51.4
+    assert round(3 * llada.flops_per_token(config, 4096) / 1e9, 1) == 51.4
     tiny = jax.eval_shape(LLaDA(CONFIG).init, jax.random.key(0), jnp.zeros((1, 4), int))
-    assert sum(x.size for x in jax.tree.leaves(tiny)) == sum(model.num_params(CONFIG).values())
+    assert sum(x.size for x in jax.tree.leaves(tiny)) == sum(llada.num_params(CONFIG).values())
 
 
 def test_config_round_trip_and_defaults():
@@ -129,12 +147,21 @@ def test_config_round_trip_and_defaults():
 
 
 def test_a_config_that_cannot_be_honoured_lists_everything():
-    bad = {**PUBLISHED_8B, "activation_type": "swiglu", "alibi": True, "mask_token_id": None, "block_type": "llama"}
+    bad = {
+        **PUBLISHED_8B,
+        "activation_type": "swiglu",
+        "alibi": True,
+        "mask_token_id": None,
+        "block_type": "llama",
+    }
     with pytest.raises(ValueError) as error:
         ModelConfig.from_dict(bad, source="some/config.json")
     text = str(error.value)
     assert "some/config.json" in text and "\n" not in text
-    assert all(part in text for part in ("activation_type='swiglu'", "alibi=True", "mask_token_id is missing"))
+    assert all(
+        part in text
+        for part in ("activation_type='swiglu'", "alibi=True", "mask_token_id is missing")
+    )
     assert "block_type" not in text
     with pytest.raises(ValueError, match="n_heads=32 is not a multiple of n_kv_heads=5"):
         ModelConfig.from_dict({**PUBLISHED_8B, "n_kv_heads": 5})

@@ -21,7 +21,9 @@ RESPONSE = jnp.array([0, 0, 1, 1, 1, 0, 1, 1, 1, 1, 1, 0, 0], bool)
 def draw(keys, scheme, num_segments=2):
     rows = keys.shape[0]
     tile = lambda x: jnp.tile(x, (rows, 1))
-    return noise.draw_rows(keys, tile(RESPONSE), tile(SEGMENTS), num_segments=num_segments, scheme=scheme)
+    return noise.draw_rows(
+        keys, tile(RESPONSE), tile(SEGMENTS), num_segments=num_segments, scheme=scheme
+    )
 
 
 @pytest.fixture(scope="module")
@@ -104,11 +106,15 @@ def assert_expected_weights(scheme):
     rows, length = 12_000, 4
     layout = jnp.tile(jnp.array([1, 1, 1, 1, 1, 2, 2, 2, 2, 0]), (rows, 1))
     response = jnp.tile(jnp.array([0, 1, 1, 1, 1, 1, 1, 1, 1, 0], bool), (rows, 1))
-    draw = jax.jit(lambda keys: noise.draw_rows(keys, response, layout, num_segments=2, scheme=scheme))
+    draw = jax.jit(
+        lambda keys: noise.draw_rows(keys, response, layout, num_segments=2, scheme=scheme)
+    )
     drawn = draw(jax.random.split(jax.random.key(0), rows))
     worst = 0.0
     for start in (1, 5):
-        masked, weights = (np.asarray(x[..., start : start + length]) for x in (drawn.masked, drawn.weights))
+        masked, weights = (
+            np.asarray(x[..., start : start + length]) for x in (drawn.masked, drawn.weights)
+        )
         subset = masked @ (1 << np.arange(length))
         for m in range(1, 2**length):
             for i in (i for i in range(length) if m >> i & 1):
@@ -131,7 +137,11 @@ def test_expected_weights_are_those_of_the_exact_elbo(scheme):
 def test_the_readmes_scheme_of_your_own_is_unbiased(monkeypatch):
     monkeypatch.setattr(noise, "TIMES", dict(noise.TIMES))
     readme = (pathlib.Path(__file__).resolve().parent.parent / "README.md").read_text()
-    (example,) = (code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "noise.TIMES[" in code)
+    (example,) = (
+        code
+        for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+        if "noise.TIMES[" in code
+    )
     before = set(noise.TIMES)
     exec(example, {})
     (name,) = set(noise.TIMES) - before
@@ -152,7 +162,9 @@ def test_a_pair_may_share_times_and_masks():
 
     def of(**kwargs):
         scheme = noise.Scheme(n_t=64, **kwargs)
-        drawn = noise.draw_rows(keys, jnp.asarray(response), jnp.asarray(layout), num_segments=2, scheme=scheme)
+        drawn = noise.draw_rows(
+            keys, jnp.asarray(response), jnp.asarray(layout), num_segments=2, scheme=scheme
+        )
         masked = np.asarray(drawn.masked[:, 0])
         return masked[:, 3:9], masked[:, 12:19]
 
@@ -169,7 +181,9 @@ def test_a_pair_may_share_times_and_masks():
 
 def test_complements_and_circles():
     keys = jax.random.split(jax.random.key(0), 200)
-    coupled = np.asarray(draw(keys, noise.Scheme(n_t=4, times="antithetic", masks="coupled")).masked)
+    coupled = np.asarray(
+        draw(keys, noise.Scheme(n_t=4, times="antithetic", masks="coupled")).masked
+    )
     both = coupled[0::2].astype(int) + coupled[1::2]
     assert (both[..., RESPONSE] >= 1).all() and (both[..., 6:11] == 2).sum(-1).max() <= 1
     cyclic = np.asarray(draw(keys, noise.Scheme(n_t=4, times="stratified", masks="cyclic")).masked)
@@ -180,7 +194,9 @@ def test_complements_and_circles():
 def test_balanced_weights_are_the_ridge_solution_and_keep_each_draws_sum():
     """Truth: the constrained least squares of the docstring, solved token by token in float64."""
     keys, c = jax.random.split(jax.random.key(3), 8), 0.4
-    scheme = noise.Scheme(n_t=4, times="stratified", masks="cyclic", weights="balanced", pseudo_count=c)
+    scheme = noise.Scheme(
+        n_t=4, times="stratified", masks="cyclic", weights="balanced", pseudo_count=c
+    )
     found = draw(keys, scheme)
     plain = draw(keys, noise.Scheme(n_t=4, times="stratified", masks="cyclic"))
     for row in range(8):
@@ -192,8 +208,12 @@ def test_balanced_weights_are_the_ridge_solution_and_keep_each_draws_sum():
             top = np.hstack([np.eye(i.size) + same_token / c, of_draw])
             bottom = np.hstack([of_draw.T, np.zeros((4, 4))])
             sums = np.asarray(plain.weights[:, row, where]).sum(1)
-            solution = np.linalg.solve(np.vstack([top, bottom]), np.append(np.full(i.size, 4 / c), sums))
-            np.testing.assert_allclose(np.asarray(found.weights[:, row, where])[j, i], solution[: i.size], atol=2e-5)
+            solution = np.linalg.solve(
+                np.vstack([top, bottom]), np.append(np.full(i.size, 4 / c), sums)
+            )
+            np.testing.assert_allclose(
+                np.asarray(found.weights[:, row, where])[j, i], solution[: i.size], atol=2e-5
+            )
 
 
 def test_segments_draw_independently(many):
@@ -219,7 +239,11 @@ def test_noise_depends_on_seed_stream_row_and_epoch_alone():
 
     both = of(0, "policy", [5, 9], [0, 1])
     np.testing.assert_array_equal(both[:, 1], of(0, "policy", [9], [1])[:, 0])
-    for other in (of(1, "policy", [5], [0]), of(0, "reference", [5], [0]), of(0, "policy", [5], [1])):
+    for other in (
+        of(1, "policy", [5], [0]),
+        of(0, "reference", [5], [0]),
+        of(0, "policy", [5], [1]),
+    ):
         assert (other[:, 0] != both[:, 0]).any()
     # More draws leave the earlier ones as they were.
     keys = noise.row_keys(noise.stream_key(0, "policy"), jnp.array([5, 9]), jnp.array([0, 1]))
@@ -243,9 +267,15 @@ def test_one_token_responses_are_always_masked_with_weight_one():
     [
         ({"times": "importance", "masks": "bernoulli"}, "use masks by count"),
         ({"pseudo_count": 1.0}, "0 but for weights leave_one_out, balanced"),
-        ({"times": "importance", "weights": "self_normalised"}, "divides by ratios.*use other times"),
+        (
+            {"times": "importance", "weights": "self_normalised"},
+            "divides by ratios.*use other times",
+        ),
         ({"weights": "balanced"}, "needs pseudo_count above 0"),
-        ({"weights": "leave_one_out", "masks": "cyclic"}, "have none: use more times, or other masks"),
+        (
+            {"weights": "leave_one_out", "masks": "cyclic"},
+            "have none: use more times, or other masks",
+        ),
         ({"weights": "leave_one_out", "n_t": 1}, "have none"),
         ({"share_in_pair": "noise"}, "share_in_pair='noise' is not one of"),
         ({"times": "idd"}, "times='idd' is not one of"),

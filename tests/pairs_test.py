@@ -7,14 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llada_jax import convert, evaluate, pairs, sampling, sudoku, tokenizer
-from llada_jax.model import LLaDA, ModelConfig
-from llada_jax.records import read_records
+from llada_jax import convert, files, pairs, sampling, tokenizer
+from llada_jax.checkpoints import published
+from llada_jax.data.records import read_records
+from llada_jax.models.llada import LLaDA, ModelConfig
+from llada_jax.sampling.__main__ import TEMPLATES, main
+from llada_jax.tasks import scorer as scorer_lib
+from llada_jax.tasks import sudoku
+from llada_jax.tokenizer import Tokenizer
 
 DIGITS, EOS, MASK, BOS = 10, 10, 11, 12  # ids 0 to 9 are the digits
 
 
-class DigitTokenizer(tokenizer.Tokenizer):
+class DigitTokenizer(Tokenizer):
     def __init__(self):
         pass
 
@@ -33,14 +38,20 @@ def random_digits(tokens, attention_mask):
     return base + 1.0 * jax.nn.one_hot(tokens[:, 2:3], 13) + jnp.zeros((*tokens.shape, 1))
 
 
-SETTINGS = dict(mask_id=MASK, pad_id=EOS, eos_id=EOS, steps=4, gen_length=4, block_length=4, temperature=1.0)
+SETTINGS = dict(
+    mask_id=MASK, pad_id=EOS, eos_id=EOS, steps=4, gen_length=4, block_length=4, temperature=1.0
+)
 
 
 def make(scorer, records=None, **changes):
     if records is None:
-        records = [(f"file:{i}", {"question": f"1{i}", "answer": i}, {"prompt": f"1{i}"}) for i in range(6)]
+        records = [
+            (f"file:{i}", {"question": f"1{i}", "answer": i}, {"prompt": f"1{i}"}) for i in range(6)
+        ]
     arguments = dict(template="plain", samples=8, batch_size=10, seed=0, **SETTINGS)
-    return pairs.make_pairs(random_digits, DigitTokenizer(), records, scorer, **{**arguments, **changes})
+    return pairs.make_pairs(
+        random_digits, DigitTokenizer(), records, scorer, **{**arguments, **changes}
+    )
 
 
 def digit_sum(record, response):
@@ -51,15 +62,26 @@ def test_pairs_hold_winner_and_loser_of_one_prompt():
     seen = {}
 
     def scorer(record, response):
-        assert record["prompt"] == f"1{record['answer']}" and response not in seen.get(record["answer"], {})
-        return seen.setdefault(record["answer"], {}).setdefault(response, digit_sum(record, response))
+        assert record["prompt"] == f"1{record['answer']}" and response not in seen.get(
+            record["answer"], {}
+        )
+        return seen.setdefault(record["answer"], {}).setdefault(
+            response, digit_sum(record, response)
+        )
 
     found, counts = make(scorer, pairs_per_prompt=3)
-    assert len(found) == counts["pairs"] == 18 and counts["prompts"] == 6 and counts["samples"] == 48
+    assert (
+        len(found) == counts["pairs"] == 18 and counts["prompts"] == 6 and counts["samples"] == 48
+    )
     for pair in found:
         scores = seen[int(pair["prompt"][1])]
         assert set(pair) == {"prompt", "chosen", "rejected", "chosen_score", "rejected_score"}
-        assert pair["chosen_score"] == scores[pair["chosen"]] > pair["rejected_score"] == scores[pair["rejected"]]
+        assert (
+            pair["chosen_score"]
+            == scores[pair["chosen"]]
+            > pair["rejected_score"]
+            == scores[pair["rejected"]]
+        )
         assert pair["chosen"] and pair["rejected"]
     assert len({tuple(pair.values()) for pair in found}) == 18  # distinct combinations
     assert make(digit_sum, pairs_per_prompt=3) == (found, counts)  # the seed decides
@@ -70,7 +92,9 @@ def test_counts_agree_with_the_samples():
     # Truth: the same prompts sampled directly, scored by hand. Responses of one token: many are equal.
     prompts = [[BOS, 1, i] for i in range(6) for _ in range(8)]
     settings = {**SETTINGS, **dict(gen_length=1, block_length=1, steps=1)}
-    tokens = sampling.sample_responses(random_digits, prompts, batch_size=10, key=jax.random.key(0), **settings)
+    tokens = sampling.sample_responses(
+        random_digits, prompts, batch_size=10, key=jax.random.key(0), **settings
+    )
     texts = ["".join(map(str, sampling.trim(row, EOS))) for row in tokens]
     found, counts = make(digit_sum, **settings)
     assert counts["mean_score"] == pytest.approx(np.mean([digit_sum({}, t) for t in texts]))
@@ -79,7 +103,9 @@ def test_counts_agree_with_the_samples():
 
 
 def test_prompts_without_contrast_make_no_pair():
-    found, counts = make(lambda record, response: float(record["answer"] < 2 and response.startswith("1")))
+    found, counts = make(
+        lambda record, response: float(record["answer"] < 2 and response.startswith("1"))
+    )
     assert {pair["prompt"] for pair in found} <= {"10", "11"}
     assert counts["without_contrast"] == 1 - len(found) / 6 and counts["pairs"] == len(found)
     found, counts = make(lambda record, response: 3)
@@ -99,7 +125,10 @@ def test_choose_pairs_takes_all_combinations_and_no_more():
 @pytest.mark.parametrize(
     "scorer, message",
     [
-        (lambda record, response: 1 / 0, "file:0: the scorer raised ZeroDivisionError: division by zero"),
+        (
+            lambda record, response: 1 / 0,
+            "file:0: the scorer raised ZeroDivisionError: division by zero",
+        ),
         (lambda record, response: "0.5", "file:0: the scorer returned '0.5', not a finite number"),
         (lambda record, response: None, "file:0: the scorer returned None"),
         (lambda record, response: float("nan"), "file:0: the scorer returned nan"),
@@ -114,7 +143,7 @@ def test_a_bad_scorer_is_named_with_its_record(scorer, message):
 
 @pytest.mark.parametrize("value", [True, 1, np.float32(0.5), np.bool_(True), 0.25])
 def test_numbers_are_scores(value):
-    assert evaluate.score_response(lambda record, response: value, "x", {}, "") == float(value)
+    assert scorer_lib.score_response(lambda record, response: value, "x", {}, "") == float(value)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +171,7 @@ def test_bad_arguments_are_named(changes, message):
 )
 def test_bad_scorer_names(spec, message):
     with pytest.raises(ValueError, match=message):
-        evaluate.load_scorer(spec)
+        scorer_lib.load_scorer(spec)
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +179,9 @@ def model_folder(tmp_path_factory):
     """A random tiny model in the published layout, with its tokenizer."""
     folder = tmp_path_factory.mktemp("tiny")
     tok = tokenizer.train(
-        [f"the puzzle number {i * 7919} was solved" for i in range(500)], folder / "tokenizer", vocab_size=300
+        [f"the puzzle number {i * 7919} was solved" for i in range(500)],
+        folder / "tokenizer",
+        vocab_size=300,
     )
     config = ModelConfig(
         d_model=16,
@@ -163,7 +194,7 @@ def model_folder(tmp_path_factory):
     )
     model = LLaDA(config)
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    convert.export(model, nn.unbox(params), folder / "model", tokenizer_from=folder / "tokenizer")
+    published.export(model, nn.unbox(params), folder / "model", tokenizer_from=folder / "tokenizer")
     return folder / "model"
 
 
@@ -191,15 +222,21 @@ def test_cli_writes_a_preference_source(model_folder, tmp_path, capsys):
     assert "5 prompts, 15 responses" in out and "mean score" in out and "sample 15/15" in out
     with gzip.open(tmp_path / "new" / "pairs.jsonl.gz", "rt") as lines:
         found = [json.loads(line) for line in lines]
-    assert found and {pair["prompt"] for pair in found} <= {r["prompt"] for r in sudoku.records(5, seed=1)}
-    assert all(len(pair["chosen"]) == pair["chosen_score"] > pair["rejected_score"] for pair in found)
+    assert found and {pair["prompt"] for pair in found} <= {
+        r["prompt"] for r in sudoku.records(5, seed=1)
+    }
+    assert all(
+        len(pair["chosen"]) == pair["chosen_score"] > pair["rejected_score"] for pair in found
+    )
     read = read_records(f"jsonl:{tmp_path / 'new' / 'pairs.jsonl.gz'}", "preference")
     assert [normal["chosen"] for _, _, normal in read] == [pair["chosen"] for pair in found]
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["pairs.jsonl.gz"]
 
     # A random model solves nothing: no contrast, no file.
     flags[2] = "--scorer=llada_jax.sudoku:score"
-    with pytest.raises(SystemExit, match="error: .*100.0% of prompts without contrast, 0 pairs: nothing to prefer"):
+    with pytest.raises(
+        SystemExit, match="error: .*100.0% of prompts without contrast, 0 pairs: nothing to prefer"
+    ):
         pairs.main([*flags, f"--out={tmp_path / 'none.jsonl'}"])
     for change, message in (
         (["--temperature=0"], "--temperature=0 gives every sample"),
@@ -214,12 +251,12 @@ def test_cli_writes_a_preference_source(model_folder, tmp_path, capsys):
 
 def test_write_jsonl(tmp_path):
     records = [{"prompt": "é", "chosen": "\u2028x"}, {"prompt": "b"}]
-    pairs.write_jsonl(str(tmp_path / "a" / "b.jsonl"), records)
+    files.write_jsonl(str(tmp_path / "a" / "b.jsonl"), records)
     lines = (tmp_path / "a" / "b.jsonl").read_text().split("\n")
     assert [json.loads(line) for line in lines[:-1]] == records and lines[-1] == ""
 
 
-@pytest.mark.parametrize("template", sampling.TEMPLATES)
+@pytest.mark.parametrize("template", TEMPLATES)
 def test_sampling_cli_prints_a_response(model_folder, tmp_path, capsys, template):
     run = tmp_path / "run"
     convert.import_folder(model_folder, run)
@@ -227,7 +264,7 @@ def test_sampling_cli_prints_a_response(model_folder, tmp_path, capsys, template
     path = {"chat": run, "plain": model_folder, "raw": run / "checkpoints" / "0"}[template]
     flags = ["--steps=1", "--gen_length=8", "--block_length=8", f"--template={template}"]
     flags += [f"--model={path}", "--prompt=123", "--prompt=4", "--logits_eos_inf"]
-    sampling.main(flags)
+    main(flags)
     assert len(capsys.readouterr().out.splitlines()) >= 2
     with pytest.raises(SystemExit, match="error: steps=3 is not a positive multiple"):
-        sampling.main([*flags, "--block_length=4", "--steps=3"])
+        main([*flags, "--block_length=4", "--steps=3"])

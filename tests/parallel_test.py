@@ -9,22 +9,36 @@ import numpy as np
 import optax
 import pytest
 
-from llada_jax import evaluate, mesh, metrics, noise, optim, parallel, state, steps
+from llada_jax import metrics, noise
 from llada_jax.batch import Batch
-from llada_jax.model import LLaDA, ModelConfig
+from llada_jax.evaluate import heldout
+from llada_jax.models.llada import LLaDA, ModelConfig
+from llada_jax.objectives import preference
+from llada_jax.objectives.preference import Preference
+from llada_jax.parallel import mesh
+from llada_jax.parallel.split import Parallel
+from llada_jax.train import optim, state
+from llada_jax.train import step as step_lib
 
 ROWS, LENGTH, SEGMENTS, NUM_STEPS = 16, 24, 4, 5
 MODEL = LLaDA(
-    ModelConfig(d_model=32, n_heads=8, n_layers=2, vocab_size=64, mask_token_id=63, mlp_hidden_size=48),
+    ModelConfig(
+        d_model=32, n_heads=8, n_layers=2, vocab_size=64, mask_token_id=63, mlp_hidden_size=48
+    ),
     remat="full",
     logps_chunk=24,  # no divisor of the vocabulary, nor of a shard of it
 )
-SETTINGS = steps.Preference(scheme=noise.Scheme(n_t=2))
+SETTINGS = Preference(scheme=noise.Scheme(n_t=2))
 KWARGS = {"model": MODEL, "settings": SETTINGS, "num_segments": SEGMENTS}
 # Keeps the gradient of the last update in its state, so that it can be compared.
-KEEP = optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), lambda g, s, p=None: (g, g))
+KEEP = optax.GradientTransformation(
+    lambda params: jax.tree.map(jnp.zeros_like, params), lambda g, s, p=None: (g, g)
+)
 TX = optax.chain(
-    KEEP, optim.make_optimizer(optim.make_schedule(peak=1e-3, warmup_steps=1, num_steps=NUM_STEPS), eps=1e-4)
+    KEEP,
+    optim.make_optimizer(
+        optim.make_schedule(peak=1e-3, warmup_steps=1, num_steps=NUM_STEPS), eps=1e-4
+    ),
 )
 
 
@@ -46,7 +60,7 @@ def batch_of(step):
 
 
 def make(kind, sizes):
-    return parallel.Parallel(kind, mesh.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))]))
+    return Parallel(kind, mesh.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))]))
 
 
 def five_steps(kind, sizes, cached=False, accumulate=1):
@@ -58,10 +72,17 @@ def five_steps(kind, sizes, cached=False, accumulate=1):
         current = state.init_state(MODEL, TX, p.mesh, jax.random.key(0), tree_of(0))
         reference = jax.device_put(tree_of(1), shardings.params)
         step = functools.partial(
-            steps.vrpo_step, tx=TX, cached=cached, accumulate=accumulate, axis_name=p.axis_name, **KWARGS
+            step_lib.vrpo_step,
+            tx=TX,
+            cached=cached,
+            accumulate=accumulate,
+            axis_name=p.axis_name,
+            **KWARGS,
         )
         out_shardings = (shardings, mesh.replicated(p.mesh))
-        update = p.jit(step, (False, True, cached), out_rows=False, out_shardings=out_shardings, donate=0)
+        update = p.jit(
+            step, (False, True, cached), out_rows=False, out_shardings=out_shardings, donate=0
+        )
         found = []
         for i in range(NUM_STEPS):
             batch = batch_of(i)
@@ -74,7 +95,9 @@ def five_steps(kind, sizes, cached=False, accumulate=1):
 @functools.cache
 def tree_of(seed):
     """Parameters on the host, far enough from initialisation for scores that differ."""
-    made = state.init_state(MODEL, TX, mesh.make_mesh(devices=jax.devices()[:1]), jax.random.key(seed)).params
+    made = state.init_state(
+        MODEL, TX, mesh.make_mesh(devices=jax.devices()[:1]), jax.random.key(seed)
+    ).params
     return jax.tree.map(lambda x: 4 * np.asarray(x), made)
 
 
@@ -85,7 +108,7 @@ def terms_of(step):
 
 @functools.cache
 def jitted_terms():
-    return jax.jit(functools.partial(steps.reference_terms, **KWARGS))
+    return jax.jit(functools.partial(preference.reference_terms, **KWARGS))
 
 
 @functools.cache
@@ -115,11 +138,15 @@ SLOW = [
 
 
 @pytest.mark.parametrize(
-    "kind, sizes, cached, accumulate", CASES + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
+    "kind, sizes, cached, accumulate",
+    CASES + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW],
 )
 def test_five_steps_are_those_of_one_device(kind, sizes, cached, accumulate):
     """Truth: the same five updates on one device, the whole batch at once, the reference as parameters."""
-    (found, params), (expected, expected_params) = five_steps(kind, sizes, cached, accumulate), one_device()
+    (found, params), (expected, expected_params) = (
+        five_steps(kind, sizes, cached, accumulate),
+        one_device(),
+    )
     assert expected[0][0] != expected[-1][0]
     for here, there in zip(found, expected, strict=True):
         assert_close(here, there)
@@ -130,13 +157,19 @@ def test_metrics_of_devices_are_those_of_all_rows():
     """Truth: the same evaluation on the whole batch at once; Means of unequal counts, one of them empty."""
     p = make("pmap", (8, 1, 1))
     batch, terms = batch_of(0), terms_of(0)
-    whole = jax.jit(functools.partial(evaluate.preference_metrics, **KWARGS))(tree_of(0), batch, terms)
-    function = functools.partial(evaluate.preference_metrics, axis_name=p.axis_name, **KWARGS)
-    split = p.jit(function, (False, True, True), out_rows=False, out_shardings=mesh.replicated(p.mesh))
+    whole = jax.jit(functools.partial(heldout.preference_metrics, **KWARGS))(
+        tree_of(0), batch, terms
+    )
+    function = functools.partial(heldout.preference_metrics, axis_name=p.axis_name, **KWARGS)
+    split = p.jit(
+        function, (False, True, True), out_rows=False, out_shardings=mesh.replicated(p.mesh)
+    )
     found = split(tree_of(0), p.put(batch), p.put(terms))
     for name, mean in whole.items():
         assert found[name].count == mean.count
-        np.testing.assert_allclose(metrics.floats({"": found[name]})[""], mean.value, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            metrics.floats({"": found[name]})[""], mean.value, rtol=1e-5, atol=1e-6
+        )
         np.testing.assert_allclose(found[name].stderr, mean.stderr, rtol=1e-4, atol=1e-6)
 
 
@@ -154,7 +187,7 @@ def test_what_pmap_cannot_split_is_one_line():
 Device = collections.namedtuple("Device", "id process_index")
 
 
-class Hosts(parallel.Parallel):
+class Hosts(Parallel):
     """Eight devices in hosts of `size`, seen from one of them."""
 
     def seen_from(self, monkeypatch, host, size):
@@ -181,7 +214,10 @@ class Hosts(parallel.Parallel):
     ],
 )
 def test_hosts_load_the_rows_that_their_devices_hold(sizes, size, expected, monkeypatch):
-    found = [Hosts("mesh", mesh.make_mesh(*sizes)).seen_from(monkeypatch, h, size) for h in range(8 // size)]
+    found = [
+        Hosts("mesh", mesh.make_mesh(*sizes)).seen_from(monkeypatch, h, size)
+        for h in range(8 // size)
+    ]
     assert found == expected
 
 
@@ -189,5 +225,7 @@ def test_hosts_load_the_rows_that_their_devices_hold(sizes, size, expected, monk
 def test_rows_that_overlap_in_part_are_one_line(pairs, monkeypatch):
     # Hosts of three devices: the second holds the rows of one of the first's, and others.
     with pytest.raises(ValueError, match="rows that overlap in part: let mesh.tensor divide") as e:
-        Hosts("mesh", mesh.make_mesh(pairs, 1, 2, jax.devices()[: 2 * pairs])).seen_from(monkeypatch, 0, 3)
+        Hosts("mesh", mesh.make_mesh(pairs, 1, 2, jax.devices()[: 2 * pairs])).seen_from(
+            monkeypatch, 0, 3
+        )
     assert "\n" not in str(e.value)

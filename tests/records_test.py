@@ -9,13 +9,14 @@ import re
 import pytest
 import tensorflow_datasets as tfds
 
-from llada_jax import records
+from llada_jax.data import records, sources, templates
+from llada_jax.data.records import NAMED_BAD_RECORDS, BadRecord
 
 
 def identity(source, limit=0):
     """What a preparation knows of the content of a source."""
     digest = hashlib.sha256()
-    records.identify(source, digest, limit)
+    sources.identify(source, digest, limit)
     return digest.hexdigest()
 
 
@@ -42,8 +43,12 @@ BAD = {"role": "assistant", "content": "b"}
 )
 def test_forms_of_preference_records(raw):
     got = records.normalise(raw, "preference")
-    assert (records.as_messages(got["prompt"]), got["chosen"], got["rejected"]) == ([USER], "a", "b")
-    assert records.as_messages(records.normalise(raw, "prompt")["prompt"]) == [USER]
+    assert (templates.as_messages(got["prompt"]), got["chosen"], got["rejected"]) == (
+        [USER],
+        "a",
+        "b",
+    )
+    assert templates.as_messages(records.normalise(raw, "prompt")["prompt"]) == [USER]
     assert records.normalise(raw, "sft")["response"] == "a"
 
 
@@ -70,7 +75,9 @@ def test_forms_of_sft_records(raw, prompt):
 
 def test_transcripts_of_several_turns():
     begin = "\n\nHuman: one\n\nAssistant:  two \n\nthree\n\nHuman: four\n\nAssistant: "
-    got = records.normalise({"chosen": begin + "five", "rejected": begin + "six Human: seven"}, "preference")
+    got = records.normalise(
+        {"chosen": begin + "five", "rejected": begin + "six Human: seven"}, "preference"
+    )
     assert [m["content"] for m in got["prompt"]] == ["one", "two \n\nthree", "four"]
     assert [m["role"] for m in got["prompt"]] == ["user", "assistant", "user"]
     assert (got["chosen"], got["rejected"]) == ("five", "six Human: seven")
@@ -79,17 +86,37 @@ def test_transcripts_of_several_turns():
 @pytest.mark.parametrize(
     "kind, raw, reason",
     [
-        ("preference", {"prompt": "q", "chosen": "a"}, r"no field rejected \(it has prompt, chosen\)"),
-        ("preference", {"prompt": "q", "chosen": "a", "rejected": "a"}, "chosen and rejected are the same"),
+        (
+            "preference",
+            {"prompt": "q", "chosen": "a"},
+            r"no field rejected \(it has prompt, chosen\)",
+        ),
+        (
+            "preference",
+            {"prompt": "q", "chosen": "a", "rejected": "a"},
+            "chosen and rejected are the same",
+        ),
         ("preference", {"prompt": "q", "chosen": " \n", "rejected": "a"}, "chosen is empty"),
-        ("preference", {"prompt": "q", "chosen": 3, "rejected": "a"}, "chosen is neither a string nor a list"),
-        ("preference", {"prompt": 3, "chosen": "b", "rejected": "a"}, "prompt is neither a string nor a list"),
+        (
+            "preference",
+            {"prompt": "q", "chosen": 3, "rejected": "a"},
+            "chosen is neither a string nor a list",
+        ),
+        (
+            "preference",
+            {"prompt": 3, "chosen": "b", "rejected": "a"},
+            "prompt is neither a string nor a list",
+        ),
         (
             "preference",
             {"prompt": "q", "chosen": [USER], "rejected": "a"},
             "chosen does not end with a turn of",
         ),
-        ("preference", {"prompt": "other", "chosen": [USER, BOT], "rejected": "a"}, "repeats another prompt"),
+        (
+            "preference",
+            {"prompt": "other", "chosen": [USER, BOT], "rejected": "a"},
+            "repeats another prompt",
+        ),
         ("preference", {"chosen": "a", "rejected": "b"}, "no prompt, and chosen is no transcript"),
         ("preference", {"chosen": [BOT], "rejected": [BAD]}, "no prompt: chosen has one turn only"),
         (
@@ -112,7 +139,7 @@ def test_transcripts_of_several_turns():
     ],
 )
 def test_bad_records(kind, raw, reason):
-    with pytest.raises(records.BadRecord, match=reason):
+    with pytest.raises(BadRecord, match=reason):
         records.normalise(raw, kind)
 
 
@@ -120,11 +147,18 @@ GOOD = {"prompt": "q", "chosen": "a", "rejected": "b"}
 
 
 def test_bad_records_stop_or_are_skipped(write, caplog):
-    bad = ["{broken", "[1]", {"prompt": "q"}, '{"prompt": "\\ud83d", "chosen": "1", "rejected": "2"}']
+    bad = [
+        "{broken",
+        "[1]",
+        {"prompt": "q"},
+        '{"prompt": "\\ud83d", "chosen": "1", "rejected": "2"}',
+    ]
     source = write([GOOD, *bad, "", GOOD])
     with pytest.raises(ValueError) as e:
         list(records.read_records(source, "preference"))
-    assert re.search(r"data\.jsonl:2: no JSON .*bad_records=\"skip\"$", str(e.value)) and "\n" not in str(e.value)
+    assert re.search(
+        r"data\.jsonl:2: no JSON .*bad_records=\"skip\"$", str(e.value)
+    ) and "\n" not in str(e.value)
     with caplog.at_level("WARNING", logger="absl"):
         found = list(records.read_records(source, "preference", "skip"))
     assert [(where.rpartition(":")[2], raw, record) for where, raw, record in found] == [
@@ -147,13 +181,15 @@ def test_only_the_first_bad_records_are_named(write, caplog):
     source = write([GOOD, *["{broken"] * 50])
     with caplog.at_level("WARNING", logger="absl"):
         assert len(list(records.read_records(source, "preference", "skip"))) == 1
-    assert caplog.text.count("skipped") == records.NAMED_BAD_RECORDS + 1
+    assert caplog.text.count("skipped") == NAMED_BAD_RECORDS + 1
 
 
 # ---- sources
 
 
-@pytest.mark.parametrize("ending, opener", [("", open), (".gz", gzip.open), (".xz", lzma.open), (".bz2", bz2.open)])
+@pytest.mark.parametrize(
+    "ending, opener", [("", open), (".gz", gzip.open), (".xz", lzma.open), (".bz2", bz2.open)]
+)
 def test_compressed_files(ending, opener, write):
     source = write([GOOD] * 5, f"a.jsonl{ending}", opener)
     assert [record for _, _, record in records.read_records(source, "preference")] == [GOOD] * 5
@@ -185,10 +221,14 @@ def test_python_source():
     source = f"python:{__name__}:numbers"
     found = records.read_records(source + "?count=2&start=5&word=y", "sft")
     assert [raw["prompt"] for _, raw, _ in found] == ["y5", "y6"]
-    assert identity(source + "?count=3") == identity(source) == identity(source + "?count=9", limit=3)
+    assert (
+        identity(source + "?count=3") == identity(source) == identity(source + "?count=9", limit=3)
+    )
     assert identity(source + "?start=1") != identity(source)
     for bad in (f"{__name__}:nothing", "no_such_module:f", __name__):
-        with pytest.raises(ValueError, match=r"data source python:.*; write python:module:function"):
+        with pytest.raises(
+            ValueError, match=r"data source python:.*; write python:module:function"
+        ):
             identity(f"python:{bad}")
 
 
@@ -209,7 +249,14 @@ class Chats(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, count=4):
         for i in range(count):
-            yield i, {"prompt": f"q{i}", "chosen": "é", "rejected": [{"role": "assistant", "content": "no"}]}
+            yield (
+                i,
+                {
+                    "prompt": f"q{i}",
+                    "chosen": "é",
+                    "rejected": [{"role": "assistant", "content": "no"}],
+                },
+            )
 
 
 def test_tfds_source(tmp_path):
@@ -226,7 +273,11 @@ def test_tfds_source(tmp_path):
     assert len(read(f"{builder.data_path}:train[:1]")) == 1
     tfds.core.add_data_dir(tmp_path / "tfds")
     assert len(read("chats:train[1:]")) == 3
-    assert identity(f"tfds:{builder.data_path}") == identity("tfds:chats") != identity("tfds:chats:test")
+    assert (
+        identity(f"tfds:{builder.data_path}")
+        == identity("tfds:chats")
+        != identity("tfds:chats:test")
+    )
     with pytest.raises(ValueError, match="no split 'dev' in .* it has train, test"):
         read(f"{builder.data_path}:dev")
     for missing in (f"{tmp_path}/nowhere", "no_such_dataset"):
@@ -240,7 +291,11 @@ def test_sources_that_cannot_be_read(tmp_path):
     for error, source, message in (
         (FileNotFoundError, f"jsonl:{tmp_path}/nowhere.jsonl", "no file matches .*nowhere.jsonl"),
         (ValueError, f"{tmp_path}/data.jsonl", "is none of jsonl, tfds, python; write jsonl:PATH"),
-        (ValueError, f"jsonl:{tmp_path}/cut.jsonl.gz", r"cut\.jsonl\.gz cannot be read past line \d+ .*complete\?"),
+        (
+            ValueError,
+            f"jsonl:{tmp_path}/cut.jsonl.gz",
+            r"cut\.jsonl\.gz cannot be read past line \d+ .*complete\?",
+        ),
     ):
         with pytest.raises(error, match=message) as e:
             list(records.read_records(source, "text"))
@@ -258,5 +313,10 @@ def test_hh_rlhf(shared):
     for where, raw, record in found:
         for key in ("chosen", "rejected"):
             said = "".join(m["content"] for m in record["prompt"]) + record[key]
-            assert re.sub(r"\n\n(Human|Assistant):|\s", "", raw[key]) == re.sub(r"\s", "", said), where
-        assert record["prompt"][-1]["role"] in ("user", "assistant") and record["chosen"] != record["rejected"]
+            assert re.sub(r"\n\n(Human|Assistant):|\s", "", raw[key]) == re.sub(r"\s", "", said), (
+                where
+            )
+        assert (
+            record["prompt"][-1]["role"] in ("user", "assistant")
+            and record["chosen"] != record["rejected"]
+        )

@@ -6,18 +6,22 @@ import numpy as np
 import pytest
 
 from llada_jax.batch import Batch
-from llada_jax.reference import ReferenceCache
+from llada_jax.train.reference_cache import ReferenceCache
 
 ROWS, EPOCHS, N, S = 10, 2, 3, 4
 
 
 def make(directory, identity="a", rows=ROWS):
-    return ReferenceCache(directory, {"reference": identity}, num_rows=rows, epochs=EPOCHS, n=N, segments=S)
+    return ReferenceCache(
+        directory, {"reference": identity}, num_rows=rows, epochs=EPOCHS, n=N, segments=S
+    )
 
 
 def batch(ids, epochs):
     zeros = np.zeros((len(ids), 2), np.int32)
-    return Batch(zeros, zeros, zeros, zeros > 0, np.array(ids, np.int32), np.array(epochs, np.int32))
+    return Batch(
+        zeros, zeros, zeros, zeros > 0, np.array(ids, np.int32), np.array(epochs, np.int32)
+    )
 
 
 class Terms:
@@ -30,7 +34,9 @@ class Terms:
         if self.calls == self.stop_after:
             raise KeyboardInterrupt
         self.calls += 1
-        terms = np.broadcast_to((100.0 * rows.epochs + rows.row_ids)[:, None, None], (len(rows.row_ids), N, S))
+        terms = np.broadcast_to(
+            (100.0 * rows.epochs + rows.row_ids)[:, None, None], (len(rows.row_ids), N, S)
+        )
         return rows.row_ids[::-1], terms[::-1]  # in any order: several hosts give it so
 
 

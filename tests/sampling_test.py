@@ -17,10 +17,20 @@ TABLE[2, :, MASK] -= 4.0  # a mask is predicted now and then only
 def toy_logits(tokens, attention_mask):
     """Logits from the token itself, its two neighbours and the mean of all attended tokens."""
     table = jnp.asarray(TABLE)
-    attended = jnp.ones(tokens.shape, jnp.float32) if attention_mask is None else attention_mask.astype(jnp.float32)
-    mean = (table[0][tokens] * attended[..., None]).sum(1, keepdims=True) / attended.sum(1)[:, None, None]
+    attended = (
+        jnp.ones(tokens.shape, jnp.float32)
+        if attention_mask is None
+        else attention_mask.astype(jnp.float32)
+    )
+    mean = (table[0][tokens] * attended[..., None]).sum(1, keepdims=True) / attended.sum(1)[
+        :, None, None
+    ]
     position = jnp.sin(jnp.arange(tokens.shape[1])[:, None] * jnp.arange(1, V + 1))
-    here = table[2][tokens] + jnp.roll(table[1][tokens], 1, axis=1) + jnp.roll(table[0][tokens], -1, axis=1)
+    here = (
+        table[2][tokens]
+        + jnp.roll(table[1][tokens], 1, axis=1)
+        + jnp.roll(table[0][tokens], -1, axis=1)
+    )
     return here + 3 * mean + position
 
 
@@ -60,7 +70,9 @@ def torch_topk(values, k):
     return order[:k]
 
 
-def reference_generate(logits_fn, prompts, mask_id, steps, gen_length, block_length, cfg_scale=0.0, mask=None, **ends):
+def reference_generate(
+    logits_fn, prompts, mask_id, steps, gen_length, block_length, cfg_scale=0.0, mask=None, **ends
+):
     """The published algorithm at temperature 0 with plain loops, from spec/llada.md; in float64 after the logits."""
     batch, start = prompts.shape
     x = np.concatenate([prompts, np.full((batch, gen_length), mask_id)], 1)
@@ -74,7 +86,9 @@ def reference_generate(logits_fn, prompts, mask_id, steps, gen_length, block_len
         for step in range(steps // blocks):
             logits = np.array(logits_fn(x, mask), np.float64)
             if cfg_scale > 0:
-                unconditional = np.array(logits_fn(np.where(prompt_index, mask_id, x), mask), np.float64)
+                unconditional = np.array(
+                    logits_fn(np.where(prompt_index, mask_id, x), mask), np.float64
+                )
                 logits = unconditional + (cfg_scale + 1) * (logits - unconditional)
             if ends.get("logits_eos_inf"):
                 logits[..., EOS] = -np.inf
@@ -85,7 +99,8 @@ def reference_generate(logits_fn, prompts, mask_id, steps, gen_length, block_len
             p /= p.sum(-1, keepdims=True)
             for b in range(batch):
                 confidence = [
-                    p[b, i, candidates[b, i]] if i < end and x[b, i] == mask_id else -np.inf for i in range(x.shape[1])
+                    p[b, i, candidates[b, i]] if i < end and x[b, i] == mask_id else -np.inf
+                    for i in range(x.shape[1])
                 ]
                 base, extra = divmod(masks_of_block[b], steps // blocks)
                 if count := base + (step < extra):
@@ -115,9 +130,13 @@ def test_agrees_with_plain_loops(run):
     if run % 2:
         mask = np.ones_like(prompts)
         mask[1, :3], mask[2, :1] = 0, 0
-    got = sampling.generate(toy_logits, prompts, mask_id=MASK, attention_mask=mask, eos_id=EOS, eot_id=EOT, **settings)
+    got = sampling.generate(
+        toy_logits, prompts, mask_id=MASK, attention_mask=mask, eos_id=EOS, eot_id=EOT, **settings
+    )
     assert got.shape == (4, 19) and got.dtype == jnp.int32
-    np.testing.assert_array_equal(got, reference_generate(toy_logits, prompts, MASK, mask=mask, **settings))
+    np.testing.assert_array_equal(
+        got, reference_generate(toy_logits, prompts, MASK, mask=mask, **settings)
+    )
 
 
 def test_ties_fall_as_in_torch_on_a_cpu():
@@ -140,10 +159,12 @@ def test_ties_of_a_long_row_go_to_the_first():
     values[:, 77] = values[1, 30] = 1.0
     chosen = MOST_CONFIDENT(values, 1, 1)
     assert [list(np.flatnonzero(row)) for row in np.asarray(chosen)] == [[77], [30]]
-    np.testing.assert_array_equal(MOST_CONFIDENT(values, 1, 2), chosen)  # a step that commits one fewer
+    np.testing.assert_array_equal(
+        MOST_CONFIDENT(values, 1, 2), chosen
+    )  # a step that commits one fewer
 
 
-MOST_CONFIDENT = jax.jit(sampling._most_confident, static_argnums=2)
+MOST_CONFIDENT = jax.jit(sampling.most_confident, static_argnums=2)
 
 
 def test_masks_in_the_prompt_are_filled_as_published():
@@ -161,7 +182,11 @@ def test_golden_runs(golden, run):
 
     description = json.loads((golden / "golden.json").read_text())
     arrays = np.load(golden / "golden.npz")
-    settings = {k: v for k, v in description["generate_runs"][run].items() if k not in ("stable_in_float64", "pad")}
+    settings = {
+        k: v
+        for k, v in description["generate_runs"][run].items()
+        if k not in ("stable_in_float64", "pad")
+    }
     model, params = load(golden / "policy")
     got = sampling.generate(
         Partial(model.apply, {"params": params}),
@@ -180,7 +205,9 @@ def independent_logits(logits, tokens, attention_mask):
     return jnp.broadcast_to(logits, (*tokens.shape, logits.shape[-1]))
 
 
-@pytest.mark.parametrize("temperature, remasking, steps", [(0.5, "low_confidence", 1), (2.0, "random", 2)])
+@pytest.mark.parametrize(
+    "temperature, remasking, steps", [(0.5, "low_confidence", 1), (2.0, "random", 2)]
+)
 def test_temperature_draws_from_the_softmax(temperature, remasking, steps):
     # Truth: closed form, softmax(logits / T); every frequency within 4.5 standard errors. (Confidence would prefer
     # likely tokens if it could choose, so in one step.)
@@ -198,7 +225,9 @@ def test_temperature_draws_from_the_softmax(temperature, remasking, steps):
     )[:, 1:]
     share = np.bincount(np.asarray(tokens).ravel(), minlength=6) / tokens.size
     expected = np.asarray(jax.nn.softmax(logits / temperature))
-    assert np.all(np.abs(share - expected) <= 4.5 * np.sqrt(expected * (1 - expected) / tokens.size))
+    assert np.all(
+        np.abs(share - expected) <= 4.5 * np.sqrt(expected * (1 - expected) / tokens.size)
+    )
 
 
 def test_key_decides_the_draw():
@@ -212,7 +241,11 @@ def test_key_decides_the_draw():
         block_length=4,
         temperature=1.0,
     )
-    same, again, other = draw(key=jax.random.key(1)), draw(key=jax.random.key(1)), draw(key=jax.random.key(2))
+    same, again, other = (
+        draw(key=jax.random.key(1)),
+        draw(key=jax.random.key(1)),
+        draw(key=jax.random.key(2)),
+    )
     np.testing.assert_array_equal(same, again)
     assert (same != other).any()
 
@@ -278,7 +311,9 @@ def test_random_remasking_commits_in_random_order():
     # The first committed position of six, over 600 rows: uniform (chi-squared, 5 degrees of freedom, p = 1e-4: 25.7).
     def fn(tokens, attention_mask):
         masked = (tokens == 7).sum(-1)
-        return 50.0 * jax.nn.one_hot(jnp.broadcast_to(6 - masked[:, None], tokens.shape), 8)  # token = order
+        return 50.0 * jax.nn.one_hot(
+            jnp.broadcast_to(6 - masked[:, None], tokens.shape), 8
+        )  # token = order
 
     tokens = sampling.generate(
         fn,
@@ -324,7 +359,9 @@ def test_second_call_does_not_trace_again():
         return jnp.zeros((*tokens.shape, V))
 
     for _ in range(2):
-        sampling.generate(plain, np.ones((1, 1), int), mask_id=MASK, steps=2, gen_length=2, block_length=2)
+        sampling.generate(
+            plain, np.ones((1, 1), int), mask_id=MASK, steps=2, gen_length=2, block_length=2
+        )
     assert traces.count("plain") == first
 
 
@@ -348,8 +385,14 @@ GOOD = dict(mask_id=MASK, steps=4, gen_length=8, block_length=4)
         (dict(eos_id=-1), "eos_id=-1 is not in the vocabulary"),
         (dict(prompts=np.ones(5, int)), r"prompts are int32\[5\]"),
         (dict(prompts=np.ones((2, 5))), r"prompts are float32\[2, 5\]"),
-        (dict(attention_mask=np.ones((2, 13), int)), r"attention_mask has shape \[2, 13\], the prompts \[2, 5\]"),
-        (dict(logits_fn=lambda tokens, mask: jnp.zeros((2, V))), r"logits of shape \[2, 23\] for tokens of \[2, 13\]"),
+        (
+            dict(attention_mask=np.ones((2, 13), int)),
+            r"attention_mask has shape \[2, 13\], the prompts \[2, 5\]",
+        ),
+        (
+            dict(logits_fn=lambda tokens, mask: jnp.zeros((2, V))),
+            r"logits of shape \[2, 23\] for tokens of \[2, 13\]",
+        ),
     ],
 )
 def test_bad_arguments_are_one_line(change, message):

@@ -10,23 +10,44 @@ import optax
 import pytest
 
 import llada_jax
-from llada_jax import elbo, losses, mesh, noise, optim, state, steps
+from llada_jax import elbo, losses, noise
 from llada_jax.batch import Batch
-from llada_jax.model import LLaDA, ModelConfig
+from llada_jax.models.llada import ROWS, LLaDA, ModelConfig
+from llada_jax.objectives import denoising, preference
+from llada_jax.objectives import terms as terms_lib
+from llada_jax.objectives.denoising import Denoising
+from llada_jax.objectives.preference import Preference
+from llada_jax.parallel import mesh
+from llada_jax.train import optim, state
+from llada_jax.train import step as step_lib
+from llada_jax.train.state import TrainState
 
 CONFIG = ModelConfig(
-    d_model=16, n_heads=2, n_layers=2, vocab_size=40, mask_token_id=39, mlp_hidden_size=24, max_sequence_length=64
+    d_model=16,
+    n_heads=2,
+    n_layers=2,
+    vocab_size=40,
+    mask_token_id=39,
+    mlp_hidden_size=24,
+    max_sequence_length=64,
 )
 MODEL = LLaDA(CONFIG)
 # (prompt, response) lengths of the segments of each row; the second row holds one pair only.
-LAYOUT = [[(3, 5), (3, 7), (2, 4), (2, 6)], [(4, 9), (4, 6)], [(1, 8), (1, 3), (5, 2), (5, 5)], [(2, 2), (2, 12)]]
+LAYOUT = [
+    [(3, 5), (3, 7), (2, 4), (2, 6)],
+    [(4, 9), (4, 6)],
+    [(1, 8), (1, 3), (5, 2), (5, 5)],
+    [(2, 2), (2, 12)],
+]
 LENGTH, SEGMENTS = 34, 4
 
 
 def make_batch(layout=LAYOUT, length=LENGTH):
     rng = np.random.default_rng(0)
     rows = len(layout)
-    fields = {name: np.zeros((rows, length), np.int32) for name in ("tokens", "segment_ids", "positions")}
+    fields = {
+        name: np.zeros((rows, length), np.int32) for name in ("tokens", "segment_ids", "positions")
+    }
     response = np.zeros((rows, length), bool)
     fields["tokens"][:] = rng.integers(0, 39, (rows, length))
     for r, segments in enumerate(layout):
@@ -43,7 +64,10 @@ def make_batch(layout=LAYOUT, length=LENGTH):
 
 def make_params(seed):
     params = jax.jit(MODEL.init)(jax.random.key(seed), jnp.zeros((1, 4), jnp.int32))["params"]
-    return jax.tree.map(lambda x: 6 * x, jax.tree.map(lambda x: x.value, params, is_leaf=lambda x: hasattr(x, "value")))
+    return jax.tree.map(
+        lambda x: 6 * x,
+        jax.tree.map(lambda x: x.value, params, is_leaf=lambda x: hasattr(x, "value")),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -62,21 +86,21 @@ def frozen(policy):
 
 
 TX = optax.sgd(1.0)  # an update is minus the gradient
-SETTINGS = steps.Preference(beta=0.2, scheme=noise.Scheme(n_t=2, n_yt=2))
+SETTINGS = Preference(beta=0.2, scheme=noise.Scheme(n_t=2, n_yt=2))
 
 
 @functools.cache
 def jitted(settings, cached=False, accumulate=1):
     return jax.jit(
         functools.partial(
-            steps.vrpo_step, model=MODEL, tx=TX, settings=settings, num_segments=SEGMENTS, cached=cached,
+            step_lib.vrpo_step, model=MODEL, tx=TX, settings=settings, num_segments=SEGMENTS, cached=cached,
             accumulate=accumulate,
         )
     )  # fmt: skip
 
 
 def run(policy, batch, reference, settings=SETTINGS, **kwargs):
-    before = state.TrainState(jnp.zeros((), jnp.int32), policy, TX.init(policy))
+    before = TrainState(jnp.zeros((), jnp.int32), policy, TX.init(policy))
     after, metrics = jitted(settings, **kwargs)(before, batch, reference)
     return jax.tree.map(lambda a, b: a - b, before.params, after.params), metrics
 
@@ -109,23 +133,28 @@ def test_golden_vrpo_scores_loss_and_gradient(golden):
         starts[pair] = where.stop
     drawn = noise.Noise(jnp.asarray(masked), jnp.asarray(np.where(masked, weights, 0)))
     zeros = np.zeros(2, np.int32)
-    packed = jax.tree.map(jnp.asarray, Batch(tokens, segment_ids, positions, masked.any(0), zeros, zeros))
+    packed = jax.tree.map(
+        jnp.asarray, Batch(tokens, segment_ids, positions, masked.any(0), zeros, zeros)
+    )
     beta = float(arrays["vrpo_beta"])
 
     def loss_fn(params):
-        policy = steps.model_terms(model, params, packed, drawn, num_segments=2, chunk=2).mean(0)
-        fixed = steps.model_terms(model, reference, packed, drawn, num_segments=2).mean(0)
-        loss, metrics = losses.preference_loss(policy[:, 0], policy[:, 1], fixed[:, 0], fixed[:, 1], beta=beta)
+        policy = terms_lib.model_terms(model, params, packed, drawn, num_segments=2, chunk=2).mean(
+            0
+        )
+        fixed = terms_lib.model_terms(model, reference, packed, drawn, num_segments=2).mean(0)
+        loss, metrics = losses.preference_loss(
+            policy[:, 0], policy[:, 1], fixed[:, 0], fixed[:, 1], beta=beta
+        )
         return loss.mean(), metrics["rewards/margins"]
 
     (loss, scores), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params)
     np.testing.assert_allclose(scores, arrays["vrpo_scores"], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(loss, arrays["vrpo_loss"], rtol=1e-5)
     np.testing.assert_allclose(optax.global_norm(grads), arrays["vrpo_grad_norm"], rtol=1e-4)
-    from llada_jax import convert
 
     checked = 0
-    for row in convert.TABLE:
+    for row in ROWS:
         ours = functools.reduce(lambda tree, key: tree[key], row.path.split("/"), grads)
         for layer in range(3) if "{i}" in row.name else [None]:
             name = "vrpo_grad/" + row.name.format(i=layer)
@@ -134,19 +163,23 @@ def test_golden_vrpo_scores_loss_and_gradient(golden):
             expected = arrays[name]
             found = ours if layer is None else ours[layer]
             found = found.T if row.transpose else found
-            np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+            np.testing.assert_allclose(
+                found, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max()
+            )
             checked += 1
     assert checked == len([name for name in arrays.files if name.startswith("vrpo_grad/")]) > 0
 
 
 def test_the_loss_is_what_equations_6_and_8_say(policy, frozen, batch):
     """A second route: full logits of every segment alone, one draw at a time, without packing."""
-    drawn = steps.draw(batch, SETTINGS.scheme, seed=0, stream="policy", num_segments=SEGMENTS)
+    drawn = terms_lib.draw(batch, SETTINGS.scheme, seed=0, stream="policy", num_segments=SEGMENTS)
 
     @jax.jit
     def elbo_of(params, tokens, masked, weights):
         logits_fn = lambda x: MODEL.apply({"params": params}, x)
-        return elbo.elbo_terms(logits_fn, tokens[None], masked[:, None], weights[:, None], mask_id=39).mean()
+        return elbo.elbo_terms(
+            logits_fn, tokens[None], masked[:, None], weights[:, None], mask_id=39
+        ).mean()
 
     scores, sft = [], []
     for r, segments in enumerate(LAYOUT):
@@ -186,7 +219,9 @@ def test_accumulation_changes_nothing(policy, frozen, batch, accumulate):
 @pytest.mark.parametrize("share_noise", [True, False])
 def test_cached_reference_is_the_reference(policy, frozen, batch, share_noise):
     settings = dataclasses.replace(SETTINGS, share_noise=share_noise)
-    terms = steps.reference_terms(frozen, batch, model=MODEL, settings=settings, num_segments=SEGMENTS)
+    terms = preference.reference_terms(
+        frozen, batch, model=MODEL, settings=settings, num_segments=SEGMENTS
+    )
     cached = run(policy, batch, terms, settings, cached=True, accumulate=2)
     assert_same(cached, run(policy, batch, frozen, settings))
 
@@ -194,22 +229,30 @@ def test_cached_reference_is_the_reference(policy, frozen, batch, share_noise):
 def test_sharing_noise_lowers_the_error_of_the_score(policy, batch):
     close = jax.tree.map(lambda x: 1.001 * x, policy)
     errors = {
-        share: run(policy, batch, close, dataclasses.replace(SETTINGS, share_noise=share))[1]["score/mc_stderr"]
+        share: run(policy, batch, close, dataclasses.replace(SETTINGS, share_noise=share))[1][
+            "score/mc_stderr"
+        ]
         for share in (True, False)
     }
     assert errors[True] < errors[False] / 20
 
 
-@pytest.mark.parametrize("share_noise, share_in_pair", [(True, "nothing"), (True, "masks"), (False, "times")])
-def test_the_reported_error_of_the_score_is_the_true_one(policy, frozen, batch, share_noise, share_in_pair):
+@pytest.mark.parametrize(
+    "share_noise, share_in_pair", [(True, "nothing"), (True, "masks"), (False, "times")]
+)
+def test_the_reported_error_of_the_score_is_the_true_one(
+    policy, frozen, batch, share_noise, share_in_pair
+):
     """Against the spread of the score over many seeds."""
     scheme = noise.Scheme(n_t=4, share_in_pair=share_in_pair)
     settings = dataclasses.replace(SETTINGS, scheme=scheme, share_noise=share_noise)
 
     def score(seed):
         rows = batch.replace(epochs=jnp.full(4, seed, jnp.int32))
-        terms = steps.reference_terms(frozen, rows, model=MODEL, settings=settings, num_segments=SEGMENTS)
-        metrics, is_pair = steps.score_pairs(
+        terms = preference.reference_terms(
+            frozen, rows, model=MODEL, settings=settings, num_segments=SEGMENTS
+        )
+        metrics, is_pair = preference.score_pairs(
             policy, rows, terms, model=MODEL, settings=settings, num_segments=SEGMENTS
         )
         return metrics["rewards/margins"], metrics["score/mc_variance"], is_pair
@@ -220,12 +263,20 @@ def test_the_reported_error_of_the_score_is_the_true_one(policy, frozen, batch, 
 
 
 def test_the_error_of_the_score_is_logged_only_where_it_is_known(policy, frozen, batch):
-    for scheme in (noise.Scheme(2, times="stratified"), noise.Scheme(2, weights="leave_one_out"), noise.Scheme(1, 2)):
+    for scheme in (
+        noise.Scheme(2, times="stratified"),
+        noise.Scheme(2, weights="leave_one_out"),
+        noise.Scheme(1, 2),
+    ):
         settings = dataclasses.replace(SETTINGS, scheme=scheme)
-        step = functools.partial(steps.vrpo_step, model=MODEL, tx=TX, settings=settings, num_segments=SEGMENTS)
-        before = state.TrainState(jnp.zeros((), jnp.int32), policy, TX.init(policy))
+        step = functools.partial(
+            step_lib.vrpo_step, model=MODEL, tx=TX, settings=settings, num_segments=SEGMENTS
+        )
+        before = TrainState(jnp.zeros((), jnp.int32), policy, TX.init(policy))
         metrics = jax.eval_shape(step, before, batch, frozen)[1]
-        assert "rewards/margins" in metrics and not [name for name in metrics if name.startswith("score/")]
+        assert "rewards/margins" in metrics and not [
+            name for name in metrics if name.startswith("score/")
+        ]
 
 
 def test_rows_of_padding_and_other_rows_order_change_nothing(policy, frozen, batch):
@@ -254,24 +305,36 @@ def test_a_mesh_of_eight_computes_what_one_device_does(policy, frozen, sizes):
 
 def test_memory_does_not_grow_with_the_budget():
     """memory_analysis of the compiled gradient: n = 8 in chunks of one against n = 1."""
-    config = dataclasses.replace(CONFIG, d_model=64, mlp_hidden_size=128, vocab_size=512, embedding_size=512)
+    config = dataclasses.replace(
+        CONFIG, d_model=64, mlp_hidden_size=128, vocab_size=512, embedding_size=512
+    )
     model = LLaDA(config, logps_chunk=128)
     batch = make_batch(LAYOUT, 128)
-    params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"])
+    params = jax.eval_shape(
+        lambda: model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    )
     params = jax.tree.map(lambda x: x.value, params, is_leaf=lambda x: hasattr(x, "value"))
-    before = state.TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, ())
+    before = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, ())
 
     def temporaries(n, chunk):
         settings = dataclasses.replace(SETTINGS, scheme=noise.Scheme(n_t=n), mc_chunk=chunk)
         step = functools.partial(
-            steps.vrpo_step, model=model, tx=optax.identity(), settings=settings, num_segments=SEGMENTS
+            step_lib.vrpo_step,
+            model=model,
+            tx=optax.identity(),
+            settings=settings,
+            num_segments=SEGMENTS,
         )
         compiled = jax.jit(step).lower(before, batch, params).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     one, chunked, whole = temporaries(1, 0), temporaries(8, 1), temporaries(8, 0)
     weights = sum(x.size * 4 for x in jax.tree.leaves(params))
-    assert chunked < one + 2 * weights, (one, chunked, weights)  # a second gradient to add to, and the masks
+    assert chunked < one + 2 * weights, (
+        one,
+        chunked,
+        weights,
+    )  # a second gradient to add to, and the masks
     assert whole > 3 * one, "without chunks it does grow"
 
 
@@ -289,18 +352,22 @@ def test_no_logits_beyond_a_chunk():
         model = LLaDA(config, logps_chunk=chunk)
         params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
         params = jax.tree.map(lambda x: x.value, params, is_leaf=lambda x: hasattr(x, "value"))
-        step = functools.partial(steps.vrpo_step, model=model, tx=TX, settings=SETTINGS, num_segments=SEGMENTS)
-        before = state.TrainState(jnp.zeros((), jnp.int32), params, TX.init(params))
+        step = functools.partial(
+            step_lib.vrpo_step, model=model, tx=TX, settings=SETTINGS, num_segments=SEGMENTS
+        )
+        before = TrainState(jnp.zeros((), jnp.int32), params, TX.init(params))
         text = jax.jit(step).lower(before, batch, params).compile().as_text()
         shapes = [tuple(map(int, s.split(","))) for s in re.findall(r"f32\[([\d,]+)\]", text)]
         return max(int(np.prod(s)) // v for v in (vocab, padded) for s in shapes if v in s)
 
     assert positions(chunk) <= config.d_model
-    assert positions(vocab) >= 4 * len(LAYOUT) * length, "the test can see the array that must not be there"
+    assert positions(vocab) >= 4 * len(LAYOUT) * length, (
+        "the test can see the array that must not be there"
+    )
 
 
-def denoise(params, batch, settings, accumulate=1, step=steps.sft_step):
-    before = state.TrainState(jnp.zeros((), jnp.int32), params, TX.init(params))
+def denoise(params, batch, settings, accumulate=1, step=step_lib.sft_step):
+    before = TrainState(jnp.zeros((), jnp.int32), params, TX.init(params))
     fn = functools.partial(
         step, model=MODEL, tx=TX, settings=settings, num_segments=SEGMENTS, accumulate=accumulate
     )
@@ -310,8 +377,8 @@ def denoise(params, batch, settings, accumulate=1, step=steps.sft_step):
 
 def test_sft_is_cross_entropy_over_p_and_answer_length(policy, batch):
     """The formula of the spec, from full logits at the very masks of the step."""
-    settings = steps.Denoising()
-    drawn = steps.draw(batch, settings.scheme, seed=0, stream="policy", num_segments=SEGMENTS)
+    settings = Denoising()
+    drawn = terms_lib.draw(batch, settings.scheme, seed=0, stream="policy", num_segments=SEGMENTS)
     logits = MODEL.apply(
         {"params": policy}, jnp.where(drawn.masked[0], 39, batch.tokens), segment_ids=batch.segment_ids,
         positions=batch.positions,
@@ -332,14 +399,14 @@ def test_sft_is_cross_entropy_over_p_and_answer_length(policy, batch):
 
 def test_pretraining_cuts_some_rows_short(policy):
     batch = make_batch([[(0, LENGTH)]] * 64)
-    settings = steps.Denoising(crop_probability=0.3)
-    cropped = steps.crop(batch, settings)
+    settings = Denoising(crop_probability=0.3)
+    cropped = denoising.crop(batch, settings)
     lengths = np.asarray((cropped.segment_ids > 0).sum(1))
     np.testing.assert_array_equal(cropped.response_mask, cropped.segment_ids > 0)
     assert 8 < (lengths < LENGTH).sum() < 32 and lengths.min() >= 1
     assert len(set(lengths.tolist())) > 6
-    np.testing.assert_array_equal(steps.crop(batch, steps.Denoising()).segment_ids, batch.segment_ids)
-    _, metrics = denoise(policy, batch, settings, step=steps.pretrain_step)
+    np.testing.assert_array_equal(denoising.crop(batch, Denoising()).segment_ids, batch.segment_ids)
+    _, metrics = denoise(policy, batch, settings, step=step_lib.pretrain_step)
     assert np.isfinite(metrics["loss"])
 
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from llada_jax import sudoku
+from llada_jax.tasks import sudoku
 
 
 def valid(cells):
@@ -40,7 +40,12 @@ def solve(puzzle, cell=0):
         for i in range(16)
         if i // 4 == row or i % 4 == column or (i // 8, i % 4 // 2) == (cell // 8, column // 2)
     }
-    return [s for d in "1234" if d not in peers for s in solve(puzzle[:cell] + d + puzzle[cell + 1 :], cell + 1)]
+    return [
+        s
+        for d in "1234"
+        if d not in peers
+        for s in solve(puzzle[:cell] + d + puzzle[cell + 1 :], cell + 1)
+    ]
 
 
 def test_every_puzzle_has_its_response_as_the_only_solution():
@@ -64,12 +69,17 @@ def test_records_are_distinct_reproducible_and_spread():
     assert first != list(sudoku.records(3000, seed=2))
     clues = collections.Counter(16 - r["prompt"].count("0") for r in first)
     assert set(clues) == {4, 5, 6, 7, 8} and min(clues.values()) > 500
-    assert {16 - r["prompt"].count("0") for r in sudoku.records(50, clues_min=9, clues_max=10)} == {9, 10}
+    assert {16 - r["prompt"].count("0") for r in sudoku.records(50, clues_min=9, clues_max=10)} == {
+        9,
+        10,
+    }
 
 
 def test_splits_share_no_puzzle_whatever_the_seed():
     train = {r["prompt"] for seed in range(3) for r in sudoku.records(3000, seed=seed)}
-    heldout = {r["prompt"] for seed in range(3) for r in sudoku.records(1000, seed=seed, split="heldout")}
+    heldout = {
+        r["prompt"] for seed in range(3) for r in sudoku.records(1000, seed=seed, split="heldout")
+    }
     assert not train & heldout
     # A stable hash: these must never move, or published numbers would be of other puzzles.
     assert sudoku.split_of("2103401000011004") == "train"
@@ -84,7 +94,9 @@ def test_score_judges_by_rules():
     assert sudoku.score(puzzle, "1234341221434321") == 1.0
     assert sudoku.score(puzzle, " 1234341221434321\n") == 1.0
     assert sudoku.score({"prompt": "1..............."}, "1243341221344321") == 1.0
-    assert sudoku.score(puzzle, "1234341221434322") == sudoku.score(puzzle, "123434122143432x") == 0.0
+    assert (
+        sudoku.score(puzzle, "1234341221434322") == sudoku.score(puzzle, "123434122143432x") == 0.0
+    )
     assert sudoku.score(puzzle, "2143431234211234") == 0.0  # a valid grid that ignores the clue
     assert sudoku.score({"prompt": "." * 16}, "2143431234211234") == 1.0
     assert sudoku.score(puzzle, "1234" * 4) == 0.0  # columns
@@ -130,9 +142,13 @@ def test_twenty_thousand_take_seconds():
 
 def test_cli_writes_jsonl_and_gz(tmp_path, capsys):
     for name, reader in (("a.jsonl", open), ("b.jsonl.gz", gzip.open)):
-        sudoku.main(["--count=20", "--seed=4", "--split=heldout", f"--out={tmp_path / 'new' / name}"])
+        sudoku.main(
+            ["--count=20", "--seed=4", "--split=heldout", f"--out={tmp_path / 'new' / name}"]
+        )
         with reader(tmp_path / "new" / name, "rt") as lines:
-            assert [json.loads(line) for line in lines] == list(sudoku.records(20, seed=4, split="heldout"))
+            assert [json.loads(line) for line in lines] == list(
+                sudoku.records(20, seed=4, split="heldout")
+            )
     assert "20 puzzles (heldout, seed 4)" in capsys.readouterr().out
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["a.jsonl", "b.jsonl.gz"]
     with pytest.raises(SystemExit, match="error: clues_min=2"):

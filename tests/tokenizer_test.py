@@ -21,11 +21,15 @@ def write_json(directory, specials=SPECIALS, special=True, **files):
     model.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = hf.decoders.ByteLevel()
     alphabet = hf.pre_tokenizers.ByteLevel.alphabet()
-    model.train_from_iterator(CORPUS, hf.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet))
+    model.train_from_iterator(
+        CORPUS, hf.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet)
+    )
     model.add_tokens([hf.AddedToken(name, special=special) for name in specials])
     # What a published file may ask for and `encode` must not do.
     pieces = [(specials[0], model.token_to_id(specials[0]))]
-    model.post_processor = hf.processors.TemplateProcessing(f"{specials[0]} $A", special_tokens=pieces)
+    model.post_processor = hf.processors.TemplateProcessing(
+        f"{specials[0]} $A", special_tokens=pieces
+    )
     model.enable_truncation(4)
     directory.mkdir(parents=True, exist_ok=True)
     model.save(str(directory / "tokenizer.json"))
@@ -43,7 +47,9 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(params=["sentencepiece", "json"])
 def both(request, trained, tmp_path):
-    return tokenizer.load(trained if request.param == "sentencepiece" else write_json(tmp_path / "json"))
+    return tokenizer.load(
+        trained if request.param == "sentencepiece" else write_json(tmp_path / "json")
+    )
 
 
 def ids_of(t):
@@ -76,7 +82,9 @@ def test_special_tokens_of_another_type_are_not_matched_either(kind, trained, tm
     if kind == "json":
         t = tokenizer.load(write_json(tmp_path, special=False))
     else:
-        model = sentencepiece_model_pb2.ModelProto.FromString((trained / "tokenizer.model").read_bytes())
+        model = sentencepiece_model_pb2.ModelProto.FromString(
+            (trained / "tokenizer.model").read_bytes()
+        )
         for piece in model.pieces[1:7]:
             piece.type = piece.USER_DEFINED
         (tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
@@ -86,7 +94,16 @@ def test_special_tokens_of_another_type_are_not_matched_either(kind, trained, tm
 
 
 def test_decode_skips_special_and_unknown_ids(both):
-    ids = [both.bos_id, *both.encode("hello"), both.mask_id, *both.encode(" you"), both.eot_id, both.eos_id, 10**6, -1]
+    ids = [
+        both.bos_id,
+        *both.encode("hello"),
+        both.mask_id,
+        *both.encode(" you"),
+        both.eot_id,
+        both.eos_id,
+        10**6,
+        -1,
+    ]
     assert both.decode(ids) == "hello you"
 
 
@@ -94,9 +111,23 @@ def test_chat_template(both):
     """spec/llada.md: bos once, header, stripped content, eot, the assistant's header."""
     e, (bos, _, _, start, end, eot) = both.encode, ids_of(both)
     assert both.chat_prompt([{"role": "user", "content": " hello <|eot_id|>\n"}]) == (
-        [bos, start, *e("user"), end, *e("\n\nhello <|eot_id|>"), eot, start, *e("assistant"), end, *e("\n\n")]
+        [
+            bos,
+            start,
+            *e("user"),
+            end,
+            *e("\n\nhello <|eot_id|>"),
+            eot,
+            start,
+            *e("assistant"),
+            end,
+            *e("\n\n"),
+        ]
     )
-    turns = [{"role": r, "content": c} for r, c in (("system", "a"), ("user", "b"), ("assistant", "c"), ("user", "d"))]
+    turns = [
+        {"role": r, "content": c}
+        for r, c in (("system", "a"), ("user", "b"), ("assistant", "c"), ("user", "d"))
+    ]
     ids = both.chat_prompt(turns)
     assert ids.count(bos) == 1 and ids.count(eot) == 4 and ids.count(start) == 5
     assert ids.index(eot) == len([bos, start, *e("system"), end, *e("\n\na")])
@@ -119,14 +150,18 @@ def test_chat_template_is_the_rendered_text(tmp_path):
 def test_missing_special_tokens_are_none_and_named(tmp_path):
     t = tokenizer.load(write_json(tmp_path, specials=["<|endoftext|>", "<|eot_id|>"]))
     assert t.bos_id is None and t.mask_id is None and t.eos_id is not None
-    with pytest.raises(ValueError, match=r"<\|startoftext\|>, <\|start_header_id\|>, <\|end_header_id\|>") as e:
+    with pytest.raises(
+        ValueError, match=r"<\|startoftext\|>, <\|start_header_id\|>, <\|end_header_id\|>"
+    ) as e:
         t.chat_prompt([{"role": "user", "content": "x"}])
     assert "<|eot_id|>" not in str(e.value) and "plain" in str(e.value)
 
 
 def test_names_of_tokenizer_config_and_the_mask_of_config(tmp_path):
     names = {"bos_token": {"content": "<s>"}, "eos_token": "</s>"}
-    directory = write_json(tmp_path, ["<s>", "</s>"], tokenizer_config=names, config={"mask_token_id": 999})
+    directory = write_json(
+        tmp_path, ["<s>", "</s>"], tokenizer_config=names, config={"mask_token_id": 999}
+    )
     t = tokenizer.load(directory)
     assert (t.eos_id, t.mask_id, t.vocab_size) == (t.bos_id + 1, 999, 1000)
     assert not {t.bos_id, t.eos_id} & set(t.encode("<s> </s>"))
@@ -152,8 +187,12 @@ def test_save_and_fingerprint(both, trained, tmp_path):
 
 
 def test_a_mask_id_from_config_changes_the_fingerprint(tmp_path):
-    one = tokenizer.load(write_json(tmp_path, SPECIALS[:2], config={"mask_token_id": 400})).fingerprint
-    two = tokenizer.load(write_json(tmp_path, SPECIALS[:2], config={"mask_token_id": 401})).fingerprint
+    one = tokenizer.load(
+        write_json(tmp_path, SPECIALS[:2], config={"mask_token_id": 400})
+    ).fingerprint
+    two = tokenizer.load(
+        write_json(tmp_path, SPECIALS[:2], config={"mask_token_id": 401})
+    ).fingerprint
     assert one != two
 
 

@@ -18,8 +18,12 @@ from jax.experimental.compilation_cache import compilation_cache
 
 import llada_jax
 from configs import base, sft_8b, vrpo_8b
-from llada_jax import convert, metrics, steps, sudoku, train
-from llada_jax import plan as plan_lib
+from llada_jax import metrics
+from llada_jax.checkpoints import loading
+from llada_jax.tasks import sudoku
+from llada_jax.train import experiment, loop, summary
+from llada_jax.train import step as step_lib
+from llada_jax.train.loop import STOPPED
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TOKENIZER = ROOT / "llada_jax" / "assets" / "sudoku" / "tokenizer.json"
@@ -29,7 +33,12 @@ SFT = {
     "objective": "sft",
     "num_steps": NUM_STEPS,
     "model.arch": dict(
-        d_model=16, n_heads=2, n_layers=1, mlp_hidden_size=16, embedding_size=16, max_sequence_length=66
+        d_model=16,
+        n_heads=2,
+        n_layers=1,
+        mlp_hidden_size=16,
+        embedding_size=16,
+        max_sequence_length=66,
     ),
     "data.train": "python:llada_jax.sudoku:records?count=50",
     "data.holdout": 0.2,
@@ -58,7 +67,9 @@ def compiled_once(tmp_path_factory):
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
-    before = {name: getattr(jax.config, name) for name in settings} | {"jax_disable_most_optimizations": False}
+    before = {name: getattr(jax.config, name) for name in settings} | {
+        "jax_disable_most_optimizations": False
+    }
     settings["jax_disable_most_optimizations"] = True
     compilation_cache.reset_cache()
     for name, value in settings.items():
@@ -80,7 +91,9 @@ def pairs(tmp_path_factory):
     records = []
     for n, r in zip([16, 9, 5, 8] * 15, sudoku.records(60, seed=2), strict=True):
         wrong = r["response"].translate(str.maketrans("1234", "2341"))
-        records.append({"prompt": r["prompt"][:n], "chosen": r["response"][:n], "rejected": wrong[: n - n % 2]})
+        records.append(
+            {"prompt": r["prompt"][:n], "chosen": r["response"][:n], "rejected": wrong[: n - n % 2]}
+        )
     return write_jsonl(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", records)
 
 
@@ -127,15 +140,22 @@ def config_of(changes):
 
 
 def run(changes, workdir):
-    return train.train(plan_lib.make_plan(config_of(changes), workdir))
+    return loop.train(experiment.make_plan(config_of(changes), workdir))
 
 
 def lines(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines(True) if line[-1] == "\n"]
+    return [
+        json.loads(line)
+        for line in (workdir / "metrics.jsonl").read_text().splitlines(True)
+        if line[-1] == "\n"
+    ]
 
 
 def without_rates(workdir):
-    return [{k: v for k, v in line.items() if k != "seconds_left" and "/s" not in k[-2:]} for line in lines(workdir)]
+    return [
+        {k: v for k, v in line.items() if k != "seconds_left" and "/s" not in k[-2:]}
+        for line in lines(workdir)
+    ]
 
 
 def steps_of(workdir):
@@ -154,7 +174,7 @@ def count_models(patch):
     def alive():
         return sum(x.shape == (16, 16) and x.dtype == np.float32 for x in jax.live_arrays())
 
-    before, found, jit_update = alive(), [], train.jit_update
+    before, found, jit_update = alive(), [], step_lib.jit_update
 
     def counting(*args):
         update = jit_update(*args)
@@ -181,7 +201,12 @@ def test_sft_logs_and_evaluates(sft):
     evaluated = [line for line in lines(sft) if "eval/elbo_per_token" in line]
     assert [line["step"] for line in evaluated] == [0, 3, 6]
     names = ("elbo_per_token", "solve/rate")
-    assert all(f"eval/{name}{end}" in line for line in evaluated for name in names for end in ("", "_stderr"))
+    assert all(
+        f"eval/{name}{end}" in line
+        for line in evaluated
+        for name in names
+        for end in ("", "_stderr")
+    )
     assert evaluated[0]["eval/elbo_per_token"] == pytest.approx(-np.log(16), rel=0.05)
     assert evaluated[-1]["eval/elbo_per_token"] > evaluated[0]["eval/elbo_per_token"]
     assert sorted(path.name for path in (sft / "checkpoints").iterdir()) == ["2", "4", "6"]
@@ -207,24 +232,37 @@ def test_vrpo_logs_what_users_of_dpo_expect(vrpo_run):
     workdir, _ = vrpo_run
     first, *later = steps_of(workdir)
     rewards = {f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")}
-    promised = rewards | {"loss", "loss/sft", "score/mc_stderr", "grad_norm", "learning_rate", "pairs"}
+    promised = rewards | {
+        "loss",
+        "loss/sft",
+        "score/mc_stderr",
+        "grad_norm",
+        "learning_rate",
+        "pairs",
+    }
     assert promised <= first.keys()
     assert all(promised | RATES | {"pairs/s"} <= line.keys() for line in later)
     # The policy is the reference yet, and shares its noise.
-    assert abs(first["rewards/margins"]) < 1e-4 and first["loss/preference"] == pytest.approx(np.log(2), abs=1e-4)
-    assert first["loss"] == pytest.approx(first["loss/preference"] + 0.05 * first["loss/sft"], rel=1e-5)
+    assert abs(first["rewards/margins"]) < 1e-4 and first["loss/preference"] == pytest.approx(
+        np.log(2), abs=1e-4
+    )
+    assert first["loss"] == pytest.approx(
+        first["loss/preference"] + 0.05 * first["loss/sft"], rel=1e-5
+    )
     assert later[-1]["rewards/margins"] > 0.01 and later[-1]["score/mc_stderr"] > 0
     before, after = [line for line in lines(workdir) if "eval/rewards/accuracies" in line]
     assert (before["step"], after["step"]) == (0, NUM_STEPS)
     assert before["eval/loss/preference"] == pytest.approx(np.log(2), abs=1e-4)
     assert after["eval/loss/preference"] < before["eval/loss/preference"]
-    assert 0 <= after["eval/rewards/accuracies"] <= 1 and after["eval/rewards/accuracies_stderr"] >= 0
+    assert (
+        0 <= after["eval/rewards/accuracies"] <= 1 and after["eval/rewards/accuracies_stderr"] >= 0
+    )
 
 
 def test_another_mesh_takes_the_same_steps(vrpo, vrpo_run, tmp_path):
     changes = vrpo | {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
-    plan = plan_lib.make_plan(config_of(changes), tmp_path)
-    assert train.train(dataclasses.replace(plan, heldout=None)) == 0
+    plan = experiment.make_plan(config_of(changes), tmp_path)
+    assert loop.train(dataclasses.replace(plan, heldout=None)) == 0
     for here, there in zip(steps_of(tmp_path), steps_of(vrpo_run[0]), strict=True):
         assert here["loss"] == pytest.approx(there["loss"], rel=1e-4), here["step"]
 
@@ -232,24 +270,31 @@ def test_another_mesh_takes_the_same_steps(vrpo, vrpo_run, tmp_path):
 def test_a_cached_reference_takes_the_same_steps(vrpo, vrpo_run, tmp_path, monkeypatch):
     cached = vrpo | {"vrpo.reference": "cached"}
     with monkeypatch.context() as patch:
-        signal_at(patch, train.reference, "_write", calls=1)  # the fill obeys, and the next run keeps the first file
-        assert run(cached, tmp_path) == train.STOPPED
+        signal_at(
+            patch, train.reference, "_write", calls=1
+        )  # the fill obeys, and the next run keeps the first file
+        assert run(cached, tmp_path) == STOPPED
         assert len(list(tmp_path.glob("reference/*/*.npy"))) == 1
     with monkeypatch.context() as patch:
         copies = count_models(patch)
         stop_after(patch, 3)
-        assert run(cached, tmp_path) == train.STOPPED
+        assert run(cached, tmp_path) == STOPPED
     monkeypatch.setattr(steps, "reference_terms", lambda: None)  # nothing is computed again
     assert run(cached, tmp_path) == 0
     for here, there in zip(without_rates(tmp_path), without_rates(vrpo_run[0]), strict=True):
         if here.get("loss/preference") == pytest.approx(np.log(2), abs=1e-6):
-            del here["rewards/accuracies"], there["rewards/accuracies"]  # rounding decides: policy and reference agree
+            del (
+                here["rewards/accuracies"],
+                there["rewards/accuracies"],
+            )  # rounding decides: policy and reference agree
         assert here == pytest.approx(there, rel=1e-4, abs=1e-5), here["step"]
     # Embedding and head, each with its two moments, and once more those of the reference; saving adds some for a while.
     assert min(copies) == 6 and min(vrpo_run[1]) == 8
 
 
-def test_a_cached_reference_has_the_epochs_of_a_run_that_goes_on_with_smaller_batches(vrpo, tmp_path, monkeypatch):
+def test_a_cached_reference_has_the_epochs_of_a_run_that_goes_on_with_smaller_batches(
+    vrpo, tmp_path, monkeypatch
+):
     def update(current, batch, terms):
         return current.replace(step=current.step + 1), {"loss": 1.0, "grad_norm": 1.0}
 
@@ -257,13 +302,18 @@ def test_a_cached_reference_has_the_epochs_of_a_run_that_goes_on_with_smaller_ba
     cached = vrpo | {"vrpo.reference": "cached", "data.holdout": 0.0}
     with monkeypatch.context() as patch:
         stop_after(patch, 4)
-        assert run(cached | {"data.batch_rows": 24}, tmp_path) == train.STOPPED
-    rows = len(plan_lib.make_plan(config_of(cached), tmp_path).rows)
-    assert NUM_STEPS * 8 <= 2 * rows <= 5 * 24  # another epoch than that of a run with the smaller batches alone
+        assert run(cached | {"data.batch_rows": 24}, tmp_path) == STOPPED
+    rows = len(experiment.make_plan(config_of(cached), tmp_path).rows)
+    assert (
+        NUM_STEPS * 8 <= 2 * rows <= 5 * 24
+    )  # another epoch than that of a run with the smaller batches alone
     assert run(cached, tmp_path) == 0
     assert [line["step"] for line in steps_of(tmp_path)] == list(range(1, NUM_STEPS + 1))
     # And of one that has passed its end.
-    assert run(cached | {"num_steps": 1, "optimizer.warmup_steps": 0, "data.batch_rows": 40}, tmp_path) == 0
+    assert (
+        run(cached | {"num_steps": 1, "optimizer.warmup_steps": 0, "data.batch_rows": 40}, tmp_path)
+        == 0
+    )
 
 
 # ---- stopping
@@ -321,7 +371,9 @@ def die_after_saving(patch, step):
     patch.setattr(train.checkpoint.Checkpoints, "save", saving)
 
 
-def test_a_run_that_is_stopped_in_every_way_takes_the_same_steps(sft, tmp_path, monkeypatch, capsys):
+def test_a_run_that_is_stopped_in_every_way_takes_the_same_steps(
+    sft, tmp_path, monkeypatch, capsys
+):
     handler = signal.getsignal(signal.SIGTERM)
     # A death before the first checkpoint; a signal during step 3, where an evaluation is due, and a death after that
     # evaluation; a death between two steps; a signal during the last step.
@@ -335,26 +387,34 @@ def test_a_run_that_is_stopped_in_every_way_takes_the_same_steps(sft, tmp_path, 
         with monkeypatch.context() as patch:
             stop(patch, after)
             if stop is stop_after:
-                assert run(SFT, tmp_path) == train.STOPPED == 143
+                assert run(SFT, tmp_path) == STOPPED == 143
                 assert f"stopped at step {at} of {NUM_STEPS}" in capsys.readouterr().out
             else:
                 with pytest.raises(Killed):
                     run(SFT, tmp_path)
-        assert max((int(path.name) for path in (tmp_path / "checkpoints").iterdir()), default=0) == at
+        assert (
+            max((int(path.name) for path in (tmp_path / "checkpoints").iterdir()), default=0) == at
+        )
         assert signal.getsignal(signal.SIGTERM) is handler
     assert run(SFT, tmp_path) == 0
     printed = capsys.readouterr().out
-    assert f"continuing from step {NUM_STEPS} of {NUM_STEPS}" in printed and f"step {NUM_STEPS}\n" in printed
+    assert (
+        f"continuing from step {NUM_STEPS} of {NUM_STEPS}" in printed
+        and f"step {NUM_STEPS}\n" in printed
+    )
     assert without_rates(tmp_path) == without_rates(sft)  # to the last bit, the evaluations too
     assert_same_params(tmp_path, sft)
 
 
 def test_a_signal_during_an_evaluation_is_obeyed(sft, tmp_path, monkeypatch, capsys):
     # In the middle of the run, and again at the start of the next, which begins with the same evaluation.
-    for calls, said in ((2, f"stopped at step 3 of {NUM_STEPS}"), (1, "the evaluation at the start")):
+    for calls, said in (
+        (2, f"stopped at step 3 of {NUM_STEPS}"),
+        (1, "the evaluation at the start"),
+    ):
         with monkeypatch.context() as patch:
             signal_at(patch, train.evaluate, "over_batches", calls)
-            assert run(SFT, tmp_path) == train.STOPPED
+            assert run(SFT, tmp_path) == STOPPED
         printed = capsys.readouterr().out
         assert said in printed and "evaluation at step 3" not in printed
         assert (tmp_path / "checkpoints" / "3").is_dir()
@@ -373,7 +433,9 @@ def test_a_finished_run_only_prints_its_result(sft, monkeypatch, capsys):
 
 def test_a_resumed_run_goes_on_where_the_data_stood(sft, monkeypatch):
     started = []
-    monkeypatch.setattr(train.data, "loader", lambda *args, start=0, **kwargs: started.append(start))
+    monkeypatch.setattr(
+        train.data, "loader", lambda *args, start=0, **kwargs: started.append(start)
+    )
     monkeypatch.setattr(train, "_print_result", lambda *args: None)
     assert run(SFT | {"data.batch_rows": 16}, sft) == 0
     assert started == [NUM_STEPS * 8]
@@ -384,7 +446,9 @@ def test_other_data_cannot_continue_a_run(sft, monkeypatch):
     with pytest.raises(ValueError, match="was trained with other data up to step .*--workdir") as e:
         run(SFT | {"data.train": "python:llada_jax.sudoku:records?count=51"}, sft)
     assert "\n" not in str(e.value)
-    with pytest.raises(ValueError, match=r"another model or optimiser: .*\[1, .*\] there, .*\[2, .*\] here") as e:
+    with pytest.raises(
+        ValueError, match=r"another model or optimiser: .*\[1, .*\] there, .*\[2, .*\] here"
+    ) as e:
         run(SFT | {"model.arch": SFT["model.arch"] | {"n_layers": 2}}, sft)
     assert "\n" not in str(e.value)
 
@@ -397,7 +461,9 @@ def test_what_is_not_finite_ends_the_run(tmp_path, monkeypatch, name, value):
 
     monkeypatch.setattr(train, "jit_update", lambda *args: update)
     changes = SFT | {"solve.prompts": "", "data.holdout": 0.0}
-    with pytest.raises(FloatingPointError, match=f"the {name} at step 4 is {value}: lower optimizer.peak") as e:
+    with pytest.raises(
+        FloatingPointError, match=f"the {name} at step 4 is {value}: lower optimizer.peak"
+    ) as e:
         run(changes, tmp_path)
     assert "\n" not in str(e.value)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
@@ -408,7 +474,14 @@ def test_what_is_not_finite_ends_the_run(tmp_path, monkeypatch, name, value):
 
 
 def command(config, workdir, *more):
-    return [sys.executable, "-m", "llada_jax.train", f"--config={config}", f"--workdir={workdir}", *more]
+    return [
+        sys.executable,
+        "-m",
+        "llada_jax.train",
+        f"--config={config}",
+        f"--workdir={workdir}",
+        *more,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -417,11 +490,17 @@ def command(config, workdir, *more):
         ("configs/vrpo_8b.py", ["--config.data.tran=x"], 'no key .tran. Did you mean "train"'),
         ("configs/none.py", [], "No such file or directory: .configs/none.py"),
         ("configs/sft_sudoku.py", ["--config.init_from=nowhere"], "nowhere does not exist"),
-        ("configs/sft_sudoku.py", ["--config.optimizer.peak=high"], "could not convert string to float: 'high'"),
+        (
+            "configs/sft_sudoku.py",
+            ["--config.optimizer.peak=high"],
+            "could not convert string to float: 'high'",
+        ),
     ],
 )
 def test_cli_errors_are_one_line(tmp_path, config, more, message):
-    done = subprocess.run(command(config, tmp_path, *more), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command(config, tmp_path, *more), cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     said = [line for line in done.stderr.splitlines() if line and "helpfull" not in line]
     assert len(said) == 1 and done.stdout == ""
@@ -430,7 +509,12 @@ def test_cli_errors_are_one_line(tmp_path, config, more, message):
 
 @pytest.mark.slow
 def test_a_killed_process_continues_to_the_last_bit(vrpo, tmp_path, compiled_once):
-    changes = vrpo | {"num_steps": 40, "checkpoint.every": 5, "eval.every": 15, "vrpo.reference": "cached"}
+    changes = vrpo | {
+        "num_steps": 40,
+        "checkpoint.every": 5,
+        "eval.every": 15,
+        "vrpo.reference": "cached",
+    }
     config = tmp_path / "config.py"
     config.write_text(
         "from configs import base\ndef get_config():\n"
@@ -440,13 +524,20 @@ def test_a_killed_process_continues_to_the_last_bit(vrpo, tmp_path, compiled_onc
 
     def start():
         return subprocess.Popen(
-            command(config, tmp_path / "killed"), cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+            command(config, tmp_path / "killed"),
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
         )
 
     for number, after in ((signal.SIGTERM, 8), (signal.SIGKILL, 20)):
         process = start()
         until = time.monotonic() + 120
-        while not (tmp_path / "killed/metrics.jsonl").exists() or len(lines(tmp_path / "killed")) < after:
+        while (
+            not (tmp_path / "killed/metrics.jsonl").exists()
+            or len(lines(tmp_path / "killed")) < after
+        ):
             assert process.poll() is None and time.monotonic() < until
             time.sleep(0.02)
         process.send_signal(number)
@@ -471,32 +562,55 @@ def test_the_quickstart_does_not_stall_on_eight_virtual_devices(tmp_path):
     changes = {"num_steps": 10, "optimizer.warmup_steps": 1, "solve.prompts": "", "vrpo.n_t": 4}
     flags = [f"--config.{name}={value}" for name, value in changes.items()]
     full_command = command("configs/vrpo_sudoku.py", tmp_path, *flags)
-    done = subprocess.run(full_command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        full_command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0 and "done: 10 steps" in done.stdout, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize(
     "config, printed",
     [
-        (vrpo_8b, ["8,015,581,184", "objective       vrpo on 8 x cpu", "each 16 rows x 4096", "8 draws", "GiB"]),
-        (sft_8b, ["8,015,581,184", "objective       sft", "each 256 rows", "FLOPs a step", "data.train is not set"]),
+        (
+            vrpo_8b,
+            [
+                "8,015,581,184",
+                "objective       vrpo on 8 x cpu",
+                "each 16 rows x 4096",
+                "8 draws",
+                "GiB",
+            ],
+        ),
+        (
+            sft_8b,
+            [
+                "8,015,581,184",
+                "objective       sft",
+                "each 256 rows",
+                "FLOPs a step",
+                "data.train is not set",
+            ],
+        ),
     ],
 )
 def test_dry_run_of_the_recipes_makes_no_array(config, printed, tmp_path):
     gc.collect()
     before = len(jax.live_arrays())
-    plan = plan_lib.make_plan(config.get_config(), tmp_path / "run", dry_run=True)
-    description = plan_lib.describe(plan)
+    plan = experiment.make_plan(config.get_config(), tmp_path / "run", dry_run=True)
+    description = summary.describe(plan)
     assert all(text in description for text in printed), description
     assert len(jax.live_arrays()) <= before and not (tmp_path / "run").exists()
 
 
 def test_dry_run_with_data_counts_it(tmp_path):
-    description = plan_lib.describe(plan_lib.make_plan(config_of(SFT), tmp_path, dry_run=True))
-    per_epoch = plan_lib.make_plan(config_of(SFT | {"num_steps": 0, "epochs": 3}), tmp_path)
+    description = summary.describe(experiment.make_plan(config_of(SFT), tmp_path, dry_run=True))
+    per_epoch = experiment.make_plan(config_of(SFT | {"num_steps": 0, "epochs": 3}), tmp_path)
     assert "train rows" in description and "held-out rows" in description
     rows = len(per_epoch.rows)
-    assert f"steps           {NUM_STEPS} ({NUM_STEPS * 8 / rows:.2f} epochs), each 8 rows x 33 = 264" in description
+    assert (
+        f"steps           {NUM_STEPS} ({NUM_STEPS * 8 / rows:.2f} epochs), each 8 rows x 33 = 264"
+        in description
+    )
     assert per_epoch.num_steps == 3 * len(per_epoch.rows) // 8
 
 
@@ -504,7 +618,9 @@ def test_dry_run_with_data_counts_it(tmp_path):
 
 
 def bad_json(tmp_path):
-    (tmp_path / "broken.jsonl").write_text('{"prompt": "1", "response": "2"}\n{"prompt": "1", "resp\n')
+    (tmp_path / "broken.jsonl").write_text(
+        '{"prompt": "1", "response": "2"}\n{"prompt": "1", "resp\n'
+    )
     return {"data.train": f"jsonl:{tmp_path / 'broken.jsonl'}", "data.holdout": 0.0}
 
 
@@ -542,7 +658,10 @@ BAD_SFT = [
     ({"data.tokenizer": "/nowhere"}, "tokenizer /nowhere does not exist"),
     ({"data.batch_rows": 12}, "data.batch_rows=12 is not a positive multiple of 8"),
     ({"data.batch_rows": 0}, "data.batch_rows=0 is not a positive multiple of 8"),
-    ({"optimizer.accumulate": 2}, "data.batch_rows=8 is not a positive multiple of 16.*accumulate=2"),
+    (
+        {"optimizer.accumulate": 2},
+        "data.batch_rows=8 is not a positive multiple of 16.*accumulate=2",
+    ),
     ({"eval.batch_rows": 4}, "eval.batch_rows=4 is not a positive multiple of 8"),
     ({"data.batch_rows": 64, "num_steps": 0}, "fill no batch of data.batch_rows=64"),
     ({"data.row_length": 67}, "data.row_length=67 is beyond the model's max_sequence_length=66"),
@@ -560,47 +679,70 @@ BAD_SFT = [
     ({"mesh.data": 2, "mesh.tensor": 4}, "n_heads=2 cannot be split over a mesh axis of 4"),
     ({"model.arch": {}}, "neither init_from nor model.arch is set"),
     (arch(n_kv_head=1), "config.model.arch has n_kv_head, no key of a config.json"),
-    (arch(activation_type="gelu"), "config.model.arch: the model cannot honour .*activation_type='gelu'"),
+    (
+        arch(activation_type="gelu"),
+        "config.model.arch: the model cannot honour .*activation_type='gelu'",
+    ),
     (arch(mask_token_id=9), "mask id 10 is not the model's mask_token_id=9"),
     (larger_vocabulary, "the tokenizer has ids up to 19, the model 16 embeddings"),
     (empty_file, "empty.jsonl holds no record"),
     (bad_json, r"broken.jsonl:2: no JSON \(.*\); repair it"),
     (empty_prompts, "solve.prompts=.*empty.jsonl holds no record"),
-    ({"solve.gen_length": 64, "solve.steps": 4}, "a prompt of 17 tokens and solve.gen_length=64 exceed the model.*=66"),
+    (
+        {"solve.gen_length": 64, "solve.steps": 4},
+        "a prompt of 17 tokens and solve.gen_length=64 exceed the model.*=66",
+    ),
     ({"solve.scorer": "llada_jax.sudoku:none"}, "has no function none"),
-    ({"solve.block_length": 8, "solve.steps": 3}, "config.solve: steps=3 is not a positive multiple of the 2 blocks"),
+    (
+        {"solve.block_length": 8, "solve.steps": 3},
+        "config.solve: steps=3 is not a positive multiple of the 2 blocks",
+    ),
     ({"solve.batch_size": 0}, "config.solve.batch_size=0 must be at least 1"),
     (sampled_rows_beyond_the_kernel, "rows of 33 positions are no multiple of 128"),
 ]
 BAD_VRPO = [
-    ({"init_from": "", "data.tokenizer": str(TOKENIZER), **arch()}, "init_from is not set: VRPO starts from"),
-    ({"model.arch": {"n_layers": 2}}, "is another architecture: n_layers: 2 in model.arch, 1 there"),
+    (
+        {"init_from": "", "data.tokenizer": str(TOKENIZER), **arch()},
+        "init_from is not set: VRPO starts from",
+    ),
+    (
+        {"model.arch": {"n_layers": 2}},
+        "is another architecture: n_layers: 2 in model.arch, 1 there",
+    ),
     ({"vrpo.reference_from": "/nowhere"}, "/nowhere does not exist"),
-    ({"vrpo.reference_from": "another"}, "is another architecture: n_layers: 1 in the policy, 2 there"),
+    (
+        {"vrpo.reference_from": "another"},
+        "is another architecture: n_layers: 1 in the policy, 2 there",
+    ),
     ({"vrpo.reference_dtype": "fp8"}, "config.vrpo.reference_dtype='fp8'"),
     ({"vrpo.reference": "none"}, "config.vrpo.reference='none' is not one of model, cached"),
     ({"vrpo.kind": "kto"}, "kind='kto' is not one of sigmoid, ipo, hinge, robust"),
     ({"vrpo.mc_chunk": 3}, "mc_chunk=3 does not divide n_t x n_yt = 2"),
     ({"vrpo.beta": 0.0}, "beta=0.0 must be above 0"),
-    ({"data.row_length": 16}, "gives no sample .*too_long_dropped .*raise row_length or set data.too_long"),
+    (
+        {"data.row_length": 16},
+        "gives no sample .*too_long_dropped .*raise row_length or set data.too_long",
+    ),
 ]
 
 
 def check_refused(changes, workdir, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message) as e:
-        plan_lib.make_plan(config_of(changes), workdir)
+        experiment.make_plan(config_of(changes), workdir)
     assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("change, message", BAD_SFT, ids=[message[:40] for _, message in BAD_SFT])
 def test_bad_input_is_one_line(tmp_path, change, message):
-    check_refused(SFT | (change(tmp_path) if callable(change) else change), tmp_path / "run", message)
+    check_refused(
+        SFT | (change(tmp_path) if callable(change) else change), tmp_path / "run", message
+    )
 
 
 @pytest.mark.parametrize("change, message", BAD_VRPO, ids=[message[:40] for _, message in BAD_VRPO])
 def test_bad_input_of_vrpo_is_one_line(vrpo, sft, tmp_path, change, message):
     if change.get("vrpo.reference_from") == "another":
-        config = convert.read_config(sft).to_dict() | {"n_layers": 2}
+        config = loading.read_config(sft).to_dict() | {"n_layers": 2}
         (tmp_path / "config.json").write_text(json.dumps(config))
         change = {"vrpo.reference_from": str(tmp_path)}
     check_refused(vrpo | change, tmp_path / "run", message)

@@ -1,0 +1,1 @@
+"""How fast a step, a load and a plain PyTorch loop are."""

@@ -1,0 +1,185 @@
+"""The load benchmark: a checkpoint with LLaDA 8B's layout, made and thrown away, read by `convert.load`."""
+
+import argparse
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+from llada_jax.checkpoints import loading, published
+from llada_jax.models.llada import LLaDA, ModelConfig
+from llada_jax.parallel import mesh as mesh_lib
+
+_GB = 1e9
+
+
+def write_checkpoint(
+    folder: pathlib.Path, config: ModelConfig, shard_bytes: int = 2_000_000_000
+) -> dict[str, int]:
+    """Writes random bfloat16 weights in the published layout, in shards with an index.
+
+    Returns `bytes` of all tensors and of the `largest` one. What is written is no longer in the page cache.
+    """
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    # Random bits are slow to make: one block of them is laid out again and again, from another place in each tensor.
+    noise = np.random.default_rng(0).normal(0, 0.02, 2**20 + 7).astype(ml_dtypes.bfloat16)
+    shard, weight_map, sizes = {}, {}, []
+
+    def flush():
+        file = folder / f"model-{len(list(folder.glob('*.safetensors'))) + 1:05}.safetensors"
+        save_file(shard, file, metadata={"format": "pt"})
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        weight_map.update(dict.fromkeys(shard, file.name))
+        shard.clear()
+
+    for name, shape in published.published_shapes(config).items():
+        shard[name] = np.resize(np.roll(noise, len(sizes)), shape)
+        sizes.append(shard[name].nbytes)
+        if sum(x.nbytes for x in shard.values()) >= shard_bytes:
+            flush()
+    if shard:
+        flush()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return {"bytes": sum(sizes), "largest": max(sizes)}
+
+
+def _status(name: str) -> int:
+    """A field of /proc/self/status in bytes: VmRSS is what this process holds now, VmHWM the most it ever held."""
+    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(
+        f"/proc/self/status has no {name}: the memory of a process can be measured on Linux only"
+    )
+
+
+def measure(folder: str, dtype: str, fsdp: int, tensor: int) -> dict[str, float]:
+    """Loads a folder over all devices of this process: seconds, bytes of the destination, host memory beyond it."""
+    config = loading.read_config(folder)
+    mesh = mesh_lib.make_mesh(-1, fsdp, tensor)
+    boxed = jax.eval_shape(LLaDA(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))[
+        "params"
+    ]
+    shardings = mesh_lib.shardings(mesh, boxed)
+    jax.block_until_ready(jnp.zeros(8))  # the backend's own memory belongs to the baseline
+    before = _status("VmRSS")
+    start = time.perf_counter()
+    _, params = loading.load(folder, dtype, nn.unbox(shardings))
+    jax.block_until_ready(params)
+    seconds = time.perf_counter() - start
+    held = sum(
+        shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards
+    )
+    return {"seconds": seconds, "destination": held, "beyond": _status("VmHWM") - before - held}
+
+
+def run(argv: list[str]) -> int:
+    """`python -m llada_jax.benchmark load`: prints a line and writes JSON; the load itself runs in a child process."""
+    parser = argparse.ArgumentParser(prog="python -m llada_jax.benchmark load", description=__doc__)
+    parser.add_argument(
+        "--layers", type=int, default=4, help="of the 32 of LLaDA 8B (0.44 GB each; default: 4)"
+    )
+    parser.add_argument(
+        "--width", type=int, default=4096, help="d_model; the MLP has three times as much"
+    )
+    parser.add_argument("--vocab", type=int, default=126464, help="rows of embedding and head")
+    parser.add_argument("--devices", type=int, default=8, help="virtual CPU devices")
+    parser.add_argument("--fsdp", type=int, default=4)
+    parser.add_argument("--tensor", type=int, default=2)
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the parameters"
+    )
+    parser.add_argument(
+        "--folder", default=None, help="where to make it (default: the temporary folder)"
+    )
+    parser.add_argument("--out", default="", help="JSON file to write")
+    parser.add_argument("--child", default="", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    try:
+        return _run(args, argv)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+
+
+def _run(args: argparse.Namespace, argv: list[str]) -> int:
+    if args.child:
+        print(json.dumps(measure(args.child, args.dtype, args.fsdp, args.tensor)))
+        return 0
+    config = ModelConfig(
+        d_model=args.width,
+        n_heads=max(args.width // 128, 1),
+        n_layers=args.layers,
+        vocab_size=args.vocab,
+        mask_token_id=args.vocab - 1,
+        mlp_hidden_size=3 * args.width,
+    )
+    if (
+        args.devices % (args.fsdp * args.tensor)
+        or args.width % (args.fsdp * args.tensor)
+        or args.vocab % args.tensor
+    ):
+        raise ValueError(
+            f"--fsdp={args.fsdp} --tensor={args.tensor} do not divide --devices={args.devices}, --width={args.width} "
+            f"or --vocab={args.vocab}: change them"
+        )
+    home = pathlib.Path(tempfile.mkdtemp(prefix="llada_load_", dir=args.folder))
+    try:
+        written = write_checkpoint(home / "hf", config)
+        command = [
+            sys.executable,
+            "-m",
+            "llada_jax.benchmark",
+            "load",
+            *argv,
+            f"--child={home / 'hf'}",
+        ]
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={args.devices}"
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            print(
+                f"error: the loading process ended with {done.returncode}, see above",
+                file=sys.stderr,
+            )
+            return 1
+        found = json.loads(done.stdout.splitlines()[-1])
+    finally:
+        shutil.rmtree(home)
+    result = {
+        "devices": args.devices,
+        "fsdp": args.fsdp,
+        "tensor": args.tensor,
+        "layers": args.layers,
+        "dtype": args.dtype,
+        "gb": written["bytes"] / _GB,
+        "largest_tensor_gb": written["largest"] / _GB,
+        "seconds": found["seconds"],
+        "gb_per_second": written["bytes"] / _GB / found["seconds"],
+        "destination_gb": found["destination"] / _GB,
+        "host_gb_beyond_destination": found["beyond"] / _GB,
+        "largest_tensors_beyond_destination": found["beyond"] / written["largest"],
+    }
+    if args.out:
+        pathlib.Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+    print(
+        f"{result['gb']:.2f} GB of bfloat16 in {result['seconds']:.1f} s ({result['gb_per_second']:.2f} GB/s) as "
+        f"{args.dtype} on {args.devices} devices; host memory beyond the {result['destination_gb']:.2f} GB of arrays: "
+        f"{result['host_gb_beyond_destination']:.2f} GB, {result['largest_tensors_beyond_destination']:.2f} of the "
+        f"largest tensor"
+    )
+    return 0

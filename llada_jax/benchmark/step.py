@@ -1,0 +1,217 @@
+"""The step benchmark: the very step that train.py runs, on the devices that are there."""
+
+import collections
+import dataclasses
+import pathlib
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+
+from llada_jax import noise
+from llada_jax.batch import Batch
+from llada_jax.checkpoints import loading
+from llada_jax.chips import CHIPS
+from llada_jax.data import batches
+from llada_jax.data.synthetic import SyntheticRows
+from llada_jax.objectives import preference
+from llada_jax.parallel import hosts, mesh
+from llada_jax.train import state as state_lib
+from llada_jax.train import step
+from llada_jax.train.cost import forward_passes, pass_flops
+from llada_jax.train.experiment import KIND, Plan, make_plan
+from llada_jax.train.state import TrainState
+from llada_jax.train.summary import describe
+
+
+@dataclasses.dataclass
+class Work:
+    """What one step needs, on its devices: the state is donated, the rest stays."""
+
+    state: TrainState
+    batch: Batch
+    extra: tuple  # vrpo: the reference policy's parameters, or its terms for this batch
+
+
+def prepare(config, workdir: str) -> Plan:
+    """The plan of a config, with synthetic rows where data.train is not set; ValueError or FileNotFoundError."""
+    plan = make_plan(config, workdir, dry_run=True)
+    if plan.rows is None:
+        kind, d = KIND[config.objective], config.data
+        rows = SyntheticRows(kind, d.row_length, plan.model.config.vocab_size, d.batch_rows)
+        plan = dataclasses.replace(plan, rows=rows)
+    if not plan.num_steps:  # what a schedule needs; a benchmark does a handful of them
+        plan = dataclasses.replace(plan, num_steps=config.optimizer.warmup_steps + 1000)
+    return plan
+
+
+def make_work(plan: Plan) -> Work:
+    """Parameters (random, or those of init_from), one batch, and the reference policy."""
+    c = plan.config
+    abstract = state_lib.abstract_state(plan.model, plan.tx, plan.mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract.params)
+    key = noise.stream_key(c.seed, "init")
+    params = loading.load(c.init_from, c.model.param_dtype, shardings)[1] if c.init_from else None
+    current = state_lib.init_state(plan.model, plan.tx, plan.mesh, key, params)
+    del params
+    index, count = plan.parallel.shard
+    host = next(
+        batches.loader(
+            plan.rows,
+            batch_rows=c.data.batch_rows,
+            seed=c.seed,
+            shard_index=index,
+            shard_count=count,
+        )
+    )
+    batch = plan.parallel.put(host)
+    if c.objective != "vrpo":
+        return Work(current, batch, ())
+    dtype = jnp.dtype(c.vrpo.reference_dtype or c.model.param_dtype)
+    # A copy in any case: the state is donated.
+    reference = jax.jit(
+        lambda p: jax.tree.map(lambda x: jnp.array(x, dtype), p), out_shardings=shardings
+    )
+    reference = reference(current.params)
+    if c.vrpo.reference == "cached":
+        kwargs = {"model": plan.model, "settings": plan.settings, "num_segments": plan.num_segments}
+        terms = jax.jit(
+            lambda p, b: preference.reference_terms(p, b, **kwargs),
+            out_shardings=mesh.rows(plan.mesh),
+        )
+        return Work(current, batch, (terms(reference, batch),))
+    return Work(current, batch, (reference,))
+
+
+def compile_step(plan: Plan, work: Work):
+    """(compiled step, seconds it took)."""
+    shardings = jax.tree.map(lambda x: x.sharding, work.state)
+    start = time.perf_counter()
+    compiled = step.jit_update(plan, shardings).lower(work.state, work.batch, *work.extra).compile()
+    return compiled, time.perf_counter() - start
+
+
+def time_steps(
+    update, work: Work, count: int, warmup: int = 2
+) -> tuple[list[float], dict[str, float]]:
+    """Seconds of each of `count` steps after `warmup`, and the last metrics; every step waits for its own end."""
+    seconds = []
+    for _ in range(warmup + count):
+        start = time.perf_counter()
+        work.state, found = update(work.state, work.batch, *work.extra)
+        jax.block_until_ready((work.state, found))
+        seconds.append(time.perf_counter() - start)
+    return seconds[warmup:], {name: float(value) for name, value in found.items()}
+
+
+def rates(plan: Plan, seconds: float) -> dict:
+    """Tokens/s, FLOP/s and their share of the peak (None where CHIPS does not know the device).
+
+    `mfu` counts forward, backward and reference; `hfu` also what remat and chunks of draws compute again.
+    """
+    devices = plan.mesh.devices.flat
+    chip = CHIPS.get(devices[0].device_kind)
+    result = {
+        "tokens_per_second": plan.config.data.batch_rows * plan.config.data.row_length / seconds
+    }
+    for name, recomputed in (("mfu", False), ("hfu", True)):
+        flops = pass_flops(plan) * forward_passes(plan, recomputed)[0] / seconds
+        result[f"{name}_flops_per_second"] = flops
+        result[name] = flops / (chip.bf16_flops * len(devices)) if chip else None
+    return result
+
+
+def peak_bytes(devices: list, compiled) -> tuple[int, int | None]:
+    """Peak memory of (the step, this process) on a device: what the compiler planned, what the fullest device counted.
+
+    The process's includes making parameters and reference; None where a device does not count, as a CPU.
+    """
+    m = compiled.memory_analysis()
+    planned = (
+        m.argument_size_in_bytes
+        + m.output_size_in_bytes
+        + m.temp_size_in_bytes
+        - m.alias_size_in_bytes
+    )
+    counted = [(d.memory_stats() or {}).get("peak_bytes_in_use") for d in devices]
+    return planned, None if None in counted else max(counted)
+
+
+def top_costs(folder: str, count: int = 5) -> list[tuple[str, float]]:
+    """The kernels of a profile that take most of the devices' busy time: (name, share); [] without a device in it."""
+    file = max(pathlib.Path(folder).rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+    spent = collections.Counter()
+    for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+        if plane.name.startswith("/device:"):
+            lines = list(plane.lines)
+            # A TPU has one line of operations beside lines that sum them up; a GPU has a line for each stream.
+            for line in [x for x in lines if x.name == "XLA Ops"] or [
+                x for x in lines if x.name.startswith("Stream")
+            ]:
+                for event in line.events:
+                    spent[event.name] += event.duration_ns
+    total = sum(spent.values())
+    return [(name, time / total) for name, time in spent.most_common(count)]
+
+
+def run(config, workdir: str, count: int, profile: str) -> dict:
+    """The step of a config: prints lines, returns what goes into the JSON."""
+    plan = prepare(config, workdir)
+    hosts.say(describe(plan))
+    with plan.parallel.use():
+        work = make_work(plan)
+        compiled, compile_seconds = compile_step(plan, work)
+        seconds, found = time_steps(compiled, work, count)
+        if profile:
+            with jax.profiler.trace(profile):
+                time_steps(compiled, work, 3, warmup=0)
+    of_step, of_process = peak_bytes(plan.mesh.local_devices, compiled)
+    counted = (
+        ""
+        if of_process is None
+        else f"; this process had {of_process / 2**30:.2f} at its peak, says the device"
+    )
+    device = plan.mesh.devices.flat[0]
+    used, why = plan.attention()
+    median = statistics.median(seconds)
+    result = {
+        "config": config.to_dict(),
+        "device": device.device_kind,
+        "devices": plan.mesh.size,
+        "attention": used,
+        "compile_seconds": compile_seconds,
+        "step_seconds": median,
+        "step_seconds_all": seconds,
+        **rates(plan, median),
+        "passes": forward_passes(plan)[1],
+        "step_peak_bytes": of_step,
+        "process_peak_bytes": of_process,
+        "loss": found["loss"],
+    }
+    lines = [
+        f"compile         {compile_seconds:.1f} s",
+        f"step            {median:.4g} s (median of {count}, {min(seconds):.4g} to {max(seconds):.4g})",
+        f"tokens          {result['tokens_per_second']:,.0f} a second",
+        f"memory          {of_step / 2**30:.2f} GiB a device for the step, says the compiler{counted}",
+        f"attention       {used}: {why}",
+    ]
+    if result["mfu"] is None:
+        rate = result["mfu_flops_per_second"]
+        lines.append(
+            f"MFU             {rate:.3g} FLOP/s; the peak of {device.device_kind!r} is not in chips.py"
+        )
+    else:
+        mfu, hfu = result["mfu"], result["hfu"]
+        lines.append(
+            f"MFU             {mfu:.1%} of the bf16 peak; {hfu:.1%} with what is computed again"
+        )
+    if profile:
+        result["top_costs"] = costs = top_costs(profile)
+        lines.append(
+            f"profile         {profile}"
+            + ("" if costs else ": no accelerator in it, hence no list of costs")
+        )
+        lines += [f"  {share:6.1%}  {name}" for name, share in costs]
+    hosts.say("\n".join(lines))
+    return result

@@ -1,0 +1,287 @@
+"""A plain PyTorch loop of the same VRPO step, on CPU: the same weights, pairs and AdamW, to be timed beside ours.
+
+Plain: every response is a row of its own, padded to the longest, as PyTorch trainers lay pairs out; all n draws go
+through the model at once; PyTorch's own scaled_dot_product_attention, cross_entropy and fused AdamW; eager execution.
+"""
+
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from llada_jax.batch import Batch
+from llada_jax.benchmark import step
+from llada_jax.benchmark.step import Work
+from llada_jax.models.llada import ModelConfig
+from llada_jax.objectives import terms
+from llada_jax.objectives.preference import Preference
+
+_LINEAR = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out")
+
+
+def _rms_norm(x, scale, eps):
+    return F.rms_norm(x, (x.shape[-1],), scale, eps)
+
+
+class TorchLLaDA(torch.nn.Module):
+    """The model of model.py with its parameters, matrices [out, in], float32."""
+
+    def __init__(self, config: ModelConfig, params):
+        super().__init__()
+        self.config = config
+
+        def parameter(x):
+            return torch.nn.Parameter(torch.from_numpy(np.array(x, np.float32)))
+
+        def stacked(name, kind):
+            x = np.asarray(params["blocks"][name][kind])
+            return [parameter(layer.T if kind == "kernel" else layer) for layer in x]
+
+        self.wte = parameter(params["wte"]["embedding"])
+        columns = {name: stacked(name, "kernel") for name in _LINEAR}
+        columns |= {name: stacked(name, "scale") for name in ("attn_norm", "ff_norm")}
+        self.blocks = torch.nn.ModuleList(
+            torch.nn.ParameterDict({name: column[i] for name, column in columns.items()})
+            for i in range(config.n_layers)
+        )
+        self.ln_f = parameter(params["ln_f"]["scale"])
+        self.head = (
+            self.wte if config.weight_tying else parameter(np.asarray(params["ff_out"]["kernel"]).T)
+        )
+
+    def forward(self, tokens, mask):
+        """Logits [b, l, v] of tokens [b, l]; `mask` [b, 1, 1, l] says which keys are seen, None: all."""
+        c = self.config
+        b, length = tokens.shape
+        half = c.head_size // 2
+        angles = torch.arange(length)[:, None] * c.rope_theta ** (-torch.arange(half) / half)
+        cos, sin = torch.cos(angles), torch.sin(angles)
+
+        def split(y, heads):
+            return y.view(b, length, heads, c.head_size).transpose(1, 2)
+
+        def rotate(y):
+            first, second = y.chunk(2, -1)
+            return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+        x = F.embedding(tokens, self.wte)
+        for p in self.blocks:
+            y = _rms_norm(x, p["attn_norm"], c.rms_norm_eps)
+            q = rotate(split(F.linear(y, p["q_proj"]), c.n_heads))
+            k = rotate(split(F.linear(y, p["k_proj"]), c.n_kv_heads))
+            v = split(F.linear(y, p["v_proj"]), c.n_kv_heads)
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, enable_gqa=c.n_heads != c.n_kv_heads
+            )
+            x = x + F.linear(y.transpose(1, 2).reshape(b, length, -1), p["attn_out"])
+            y = _rms_norm(x, p["ff_norm"], c.rms_norm_eps)
+            x = x + F.linear(
+                F.silu(F.linear(y, p["ff_proj"])) * F.linear(y, p["up_proj"]), p["ff_out"]
+            )
+        return F.linear(_rms_norm(x, self.ln_f, c.rms_norm_eps), self.head)
+
+
+def unpack(batch: Batch, *arrays: jax.Array) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    """Packed rows as one padded row a response, winner before loser; `arrays` [n, r, l] likewise, as [n, b, l]."""
+    segment_ids = np.asarray(batch.segment_ids)
+    places = [
+        np.nonzero(row == segment)[0] + i * row.size
+        for i, row in enumerate(segment_ids)
+        for segment in range(1, row.max() + 1)
+    ]
+    longest = max(map(len, places))
+    index = np.array(
+        [np.pad(place, (0, longest - len(place)), constant_values=-1) for place in places]
+    )
+
+    def rows(x):
+        x = np.asarray(x).reshape(*x.shape[: x.ndim - 2], -1)[..., index]
+        return torch.from_numpy(np.where(index < 0, np.zeros((), x.dtype), x))
+
+    fields = {"tokens": rows(batch.tokens).long(), "response": rows(batch.response_mask)}
+    return fields | {"seen": torch.from_numpy(index >= 0)}, [rows(x) for x in arrays]
+
+
+def draw(response: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """n draws for responses [b, l]: masked [n, b, l] and weights [n, b, l] (equation 15: L / l for l masked tokens)."""
+    lengths = response.sum(-1)
+    counts = (torch.rand(n, len(lengths)) * lengths).floor().long() + 1
+    scores = torch.rand(n, *response.shape).masked_fill(~response, 2.0)
+    masked = scores.argsort(-1).argsort(-1) < counts[..., None]
+    return masked, (lengths / counts)[..., None] * masked
+
+
+def preference_loss(model, reference, rows, masked, weights, settings: Preference) -> torch.Tensor:
+    """The loss of a batch: equations 6 and 8 with the noise shared, and the SFT term."""
+    n, b, length = masked.shape
+    tokens = rows["tokens"].expand(n, b, length).reshape(-1, length)
+    inputs = tokens.masked_fill(masked.reshape(-1, length), model.config.mask_token_id)
+    mask = None
+    if not rows["seen"].all():
+        mask = rows["seen"].repeat(n, 1)[:, None, None, :]
+
+    def elbos(net):
+        logps = -F.cross_entropy(
+            net(inputs, mask).flatten(0, 1), tokens.flatten(), reduction="none"
+        )
+        return (weights * logps.view(n, b, length)).sum(-1).mean(0)
+
+    policy = elbos(model)
+    with torch.no_grad():
+        frozen = elbos(reference)
+    score = settings.beta * ((policy - frozen)[0::2] - (policy - frozen)[1::2])
+    preference = -F.logsigmoid(score).mean()
+    winner = (-policy / rows["response"].sum(-1))[0::2].mean()
+    return preference + settings.sft_weight * winner
+
+
+class TorchStep:
+    """The loop's body with its state."""
+
+    def __init__(self, config, params, reference, settings: Preference):
+        self.model, self.reference = (
+            TorchLLaDA(*params),
+            TorchLLaDA(*reference).requires_grad_(False),
+        )
+        self.settings, o = settings, config.optimizer
+        scales = [p for p in self.model.parameters() if p.ndim == 1]
+        matrices = [p for p in self.model.parameters() if p.ndim > 1]
+        groups = [
+            {"params": matrices, "weight_decay": o.weight_decay},
+            {"params": scales, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=o.peak, betas=(o.b1, o.b2), eps=o.eps, fused=True
+        )
+        self.clip_norm = o.clip_norm
+
+    def __call__(self, rows):
+        """One update with new noise."""
+        noise = draw(rows["response"], self.settings.scheme.n)
+        loss = preference_loss(self.model, self.reference, rows, *noise, self.settings)
+        self.optimizer.zero_grad()
+        loss.backward()
+        if self.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        self.optimizer.step()
+        return loss.item()
+
+
+def check_same(plan, work: Work, torch_step: TorchStep, update) -> dict[str, float]:
+    """Loss and norm of the gradient of both programs at the masks that `update`, our compiled step, draws.
+
+    Against a reference that is not the policy: while it is, the score is 0 whatever the noise. ValueError where they
+    differ by more than 1e-4 (the loss) and 1e-3 (the norm) of ours.
+    """
+    reference = jax.tree.map(lambda x: 1.05 * x, work.extra[0])
+    _, metrics = update(
+        jax.tree.map(jnp.copy, work.state), work.batch, reference
+    )  # the state is donated
+    settings = plan.settings
+    drawn = terms.draw(
+        work.batch,
+        settings.scheme,
+        seed=settings.seed,
+        stream=settings.stream,
+        num_segments=plan.num_segments,
+    )
+    rows, noise = unpack(work.batch, drawn.masked, drawn.weights)
+    frozen = TorchLLaDA(plan.model.config, jax.device_get(reference))
+    loss = preference_loss(torch_step.model, frozen, rows, *noise, settings)
+    gradient = torch.autograd.grad(loss, list(torch_step.model.parameters()))
+    found = {
+        "loss_jax": float(metrics["loss"]),
+        "loss_torch": loss.item(),
+        "grad_norm_jax": float(metrics["grad_norm"]),
+        "grad_norm_torch": torch.nn.utils.get_total_norm(gradient).item(),
+    }
+    for name, tolerance in (("loss", 1e-4), ("grad_norm", 1e-3)):
+        if not np.isclose(found[f"{name}_torch"], found[f"{name}_jax"], rtol=tolerance, atol=0):
+            raise ValueError(
+                f"the two programs do not compute the same {name} on the same masks: {found}"
+            )
+    return found
+
+
+def check_supported(config):
+    """ValueError for what the PyTorch loop does not do. It takes all draws at once, whatever vrpo.mc_chunk says."""
+    v = config.vrpo
+    wanted = {
+        "objective": (config.objective, "vrpo"),
+        "vrpo.kind": (v.kind, "sigmoid"),
+        "vrpo.label_smoothing": (v.label_smoothing, 0.0),
+        "vrpo.share_noise": (v.share_noise, True),
+        "vrpo.n_yt": (v.n_yt, 1),
+        "vrpo.times": (v.times, "iid"),
+        "vrpo.masks": (v.masks, "exact"),
+        "vrpo.weights": (v.weights, "plain"),
+        "vrpo.reference": (v.reference, "model"),
+        "optimizer.accumulate": (config.optimizer.accumulate, 1),
+        "model.dtype": (config.model.dtype, "float32"),
+        "model.param_dtype": (config.model.param_dtype, "float32"),
+        "vrpo.reference_dtype": (v.reference_dtype or "float32", "float32"),
+    }
+    wrong = {name: pair for name, pair in wanted.items() if pair[0] != pair[1]}
+    if wrong:
+        found = ", ".join(f"{name}={value!r}" for name, (value, _) in wrong.items())
+        need = ", ".join(f"{name}={built!r}" for name, (_, built) in wrong.items())
+        raise ValueError(f"the PyTorch loop does not do {found}: set {need}")
+
+
+def run(config, workdir: str, count: int) -> dict:
+    """Times our step and PyTorch's in turns, on one CPU device: prints lines, returns what goes into the JSON."""
+    check_supported(config)
+    device = jax.devices()[0]
+    if device.platform != "cpu" or jax.device_count() > 1:
+        found = f"{jax.device_count()} x {device.device_kind}"
+        raise ValueError(f"{found}: the comparison is on one CPU device, set JAX_PLATFORMS=cpu")
+    plan = step.prepare(config, workdir)
+    with plan.parallel.use():
+        work = step.make_work(plan)
+        torch_step = TorchStep(
+            config,
+            (plan.model.config, jax.device_get(work.state.params)),
+            (plan.model.config, jax.device_get(work.extra[0])),
+            plan.settings,
+        )
+        compiled, compile_seconds = step.compile_step(plan, work)
+        same = check_same(plan, work, torch_step, compiled)
+        rows, _ = unpack(work.batch)
+        ours, theirs = [], []
+        for turn in range(count + 2):
+            (seconds,), _ = step.time_steps(compiled, work, 1, warmup=0)
+            start = time.perf_counter()
+            torch_step(rows)
+            if turn >= 2:
+                ours.append(seconds)
+                theirs.append(time.perf_counter() - start)
+    result = {
+        "config": config.to_dict(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "jax": jax.__version__,
+        **same,
+        "compile_seconds": compile_seconds,
+        "jax_seconds_all": ours,
+        "torch_seconds_all": theirs,
+        "jax_seconds": statistics.median(ours),
+        "torch_seconds": statistics.median(theirs),
+        "ratio": statistics.median(theirs) / statistics.median(ours),
+    }
+    for name, seconds in (("ours", ours), ("PyTorch", theirs)):
+        spread = f"{min(seconds):.4g} to {max(seconds):.4g}"
+        print(
+            f"{name:<15} {statistics.median(seconds):.4g} s a step (median of {count}, in turns; {spread})"
+        )
+    norms = f"{same['grad_norm_jax']:.6f} and {same['grad_norm_torch']:.6f}"
+    print(
+        f"same masks      loss {same['loss_jax']:.6f} and {same['loss_torch']:.6f}, norm of the gradient {norms}"
+    )
+    print(
+        f"ratio           {result['ratio']:.2f} times PyTorch's speed ({result['threads']} threads)"
+    )
+    return result

@@ -1,0 +1,1 @@
+"""Where weights are kept: Orbax checkpoints, the published layout."""

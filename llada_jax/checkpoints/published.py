@@ -1,0 +1,309 @@
+"""The published layout: safetensors in and out, slice by slice."""
+
+import contextlib
+import functools
+import itertools
+import json
+import math
+import os
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from llada_jax.files import local, new_folder
+from llada_jax.models.family import Row
+from llada_jax.models.llada import ROWS, LLaDA, ModelConfig
+
+DTYPES = {
+    "F32": jnp.float32,
+    "F16": jnp.float16,
+    "BF16": jnp.bfloat16,
+}  # as a safetensors header spells them
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
+
+
+def export(
+    model: LLaDA,
+    params,
+    directory: epath.PathLike,
+    *,
+    tokenizer_from: epath.PathLike | None = None,
+    dtype=None,
+    max_shard_bytes: int = 5_000_000_000,
+):
+    """Writes a folder in the published layout: config.json, safetensors (with an index beyond one shard), tokenizer.
+
+    The folder appears complete or not at all. `tokenizer_from` is a folder with tokenizer files to copy; `dtype` casts.
+    Raises ValueError if `directory` (a local path) has content already, or if params are not those of the model.
+    """
+    dtype = floating(dtype)
+    leaves, shapes = _flat(params), _flat(param_shapes(model.config))
+    problems = [
+        f"{name} is {list(leaves[name].shape) if name in leaves else 'missing'}, the model's is "
+        f"{list(shapes[name].shape) if name in shapes else 'absent'}"
+        for name in {**shapes, **leaves}
+        if name not in leaves or name not in shapes or leaves[name].shape != shapes[name].shape
+    ]
+    if problems:
+        raise ValueError(f"the parameters are not those of the model: {'; '.join(problems)}")
+    types = {path: np.dtype(dtype or leaf.dtype) for path, leaf in leaves.items()}
+
+    shards, size = [[]], 0
+    for tensor in sorted(
+        _tensors(shapes), key=lambda tensor: -1 if tensor.layer is None else tensor.layer
+    ):
+        nbytes = math.prod(tensor.shape) * types[tensor.row.path].itemsize
+        if shards[-1] and size + nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += nbytes
+
+    with new_folder(local(directory)) as folder:
+        weight_map, total = {}, 0
+        for number, shard in enumerate(shards, 1):
+            file = (
+                "model.safetensors"
+                if len(shards) == 1
+                else f"model-{number:05}-of-{len(shards):05}.safetensors"
+            )
+            arrays = {}
+            for name, row, layer, _ in shard:
+                leaf = leaves[row.path] if layer is None else leaves[row.path][layer]
+                leaf = jnp.asarray(leaf, types[row.path])
+                arrays[name] = np.ascontiguousarray(leaf.T if row.transpose else leaf)
+                weight_map[name] = file
+            total += sum(array.nbytes for array in arrays.values())
+            save_file(arrays, folder / file, metadata={"format": "pt"})
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        config = {**model.config.to_dict(), "torch_dtype": str(np.result_type(*types.values()))}
+        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        if tokenizer_from is not None:
+            copy_tokenizer(epath.Path(tokenizer_from), folder, required=True)
+
+
+def published_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every published tensor of an architecture."""
+    return {tensor.name: tensor.shape for tensor in _tensors(_flat(param_shapes(config)))}
+
+
+def param_shapes(config: ModelConfig):
+    """The parameter tree as ShapeDtypeStructs, of no particular type."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    # Unboxed under eval_shape: under a mesh that constrains the sharding, which shapes alone do not take.
+    return jax.eval_shape(lambda key: nn.unbox(LLaDA(config).init(key, tokens)), jax.random.key(0))[
+        "params"
+    ]
+
+
+def _flat(tree) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf for keys, leaf in leaves}
+
+
+class _Tensor(NamedTuple):
+    name: str  # as published
+    row: Row
+    layer: int | None
+    shape: tuple[int, ...]  # as published
+
+
+def _tensors(shapes) -> list[_Tensor]:
+    """Every tensor of a model, in the order of our parameters and their layers."""
+    rows, tensors = {row.path: row for row in ROWS}, []
+    for path, leaf in shapes.items():
+        row = rows[path]
+        stacked = "{i}" in row.name
+        shape = leaf.shape[1:] if stacked else leaf.shape
+        shape = shape[::-1] if row.transpose else shape
+        for layer in range(leaf.shape[0]) if stacked else (None,):
+            tensors.append(_Tensor(row.name.format(i=layer), row, layer, shape))
+    return tensors
+
+
+def read_folder(folder: epath.Path, config: ModelConfig, dtype, shardings):
+    shapes = param_shapes(config)
+    flat = _flat(shapes)
+    tensors = _tensors(flat)
+    with contextlib.ExitStack() as stack:
+        folder = local(folder)
+        files, problems = _open(folder, stack)
+        types = []
+        for name, _, _, shape in tensors:
+            if name not in files:
+                problems.append(f"{name} {list(shape)} is missing")
+                continue
+            file, weights = files[name]
+            found = weights.get_slice(name)
+            if tuple(found.get_shape()) != shape:
+                problems.append(f"{name} is {found.get_shape()}, expected {list(shape)} ({file})")
+            if found.get_dtype() not in DTYPES:
+                problems.append(
+                    f"{name} is of type {found.get_dtype()}, not {', '.join(DTYPES)} ({file})"
+                )
+            types.append(DTYPES.get(found.get_dtype(), jnp.float32))
+        known = {tensor.name for tensor in tensors}
+        problems += [
+            f"{name} is surplus ({file})" for name, (file, _) in files.items() if name not in known
+        ]
+        if problems:
+            raise ValueError(f"{folder}: the weights do not fit config.json: {'; '.join(problems)}")
+
+        dtype = dtype or jnp.result_type(*types)
+    placed = {} if shardings is None else _flat(shardings)
+    one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    params, last = {}, None
+    for row, members in itertools.groupby(tensors, key=lambda tensor: tensor.row):
+        shape, sharding = flat[row.path].shape, placed.get(row.path, one_device)
+        stacked = "{i}" in row.name
+        as_ours = _of_one(sharding, len(shape), stacked, False)
+        as_published = _of_one(sharding, len(shape), stacked, row.transpose)
+        array = None
+        for name, _, layer, published in members:
+            piece = _read(os.fspath(folder / files[name][0]), name, published, as_published)
+            jax.block_until_ready(
+                last
+            )  # one piece is read while the one before is placed, and no more
+            if row.transpose:
+                piece = last = _transposer(as_ours, dtype)(piece)
+            if stacked or not row.transpose:
+                if array is None:
+                    array = jax.jit(
+                        functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding
+                    )()
+                array = last = _placer(sharding)(array, piece, layer or 0)
+            else:
+                array = piece
+        params[row.path] = array
+    return jax.tree.unflatten(jax.tree.structure(shapes), [params[path] for path in flat])
+
+
+# Bytes of a file that are mapped at a time: what has been read of a mapping counts as the process's own.
+_BLOCK_BYTES = 64 * 2**20
+
+
+def _read(file: str, name: str, shape: tuple[int, ...], sharding) -> jax.Array:
+    """One tensor as published, of which this host reads what its devices hold, each slice once."""
+    found = {}
+
+    def read(index):
+        spans = tuple(span.indices(size)[:2] for span, size in zip(index, shape, strict=True))
+        if spans in found:
+            return found[spans]
+        (first, end), rest = spans[0], tuple(slice(*span) for span in spans[1:])
+        block = max(_BLOCK_BYTES * shape[0] // (math.prod(shape) * 4), 1)
+        out = None
+        for start in range(first, end, block):
+            stop = min(start + block, end)
+            with safe_open(file, framework="numpy") as weights:
+                part = weights.get_slice(name)[slice(start, stop), *rest]
+            if out is None:
+                out = _aligned((end - first, *part.shape[1:]), part.dtype)
+            out[start - first : stop - first] = part
+        return found.setdefault(spans, out)
+
+    return jax.make_array_from_callback(shape, sharding, read)
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array that a CPU device takes as it is: 64 bytes is what XLA asks for, else it copies."""
+    memory = np.empty(math.prod(shape) * dtype.itemsize + 64, np.uint8)
+    return memory[-memory.ctypes.data % 64 :][: memory.size - 64].view(dtype).reshape(shape)
+
+
+def _of_one(sharding, ndim: int, stacked: bool, transpose: bool):
+    """The sharding of one tensor, as it is or transposed, of a parameter with `sharding` and `ndim` axes."""
+    if isinstance(sharding, jax.sharding.SingleDeviceSharding):
+        return sharding
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        raise ValueError(
+            f"shardings: {sharding} is neither a NamedSharding nor a SingleDeviceSharding"
+        )
+    axes = (*sharding.spec, *(None,) * (ndim - len(sharding.spec)))[1 if stacked else 0 :]
+    return jax.sharding.NamedSharding(
+        sharding.mesh, jax.sharding.PartitionSpec(*axes[:: -1 if transpose else 1])
+    )
+
+
+@functools.cache
+def _transposer(sharding, dtype):
+    """Compiles the transpose. On its own: fused with `_placer`, XLA's CPU backend does it on one core."""
+    return jax.jit(lambda piece: piece.T.astype(dtype), out_shardings=sharding)
+
+
+@functools.cache
+def _placer(sharding):
+    """Compiles (parameter, one tensor, layer) -> parameter, cast and stacked in place."""
+
+    def place(array, piece, layer):
+        piece = piece.astype(array.dtype).reshape((-1, *array.shape[1:]))
+        return jax.lax.dynamic_update_slice(array, piece, (layer, *(0,) * (array.ndim - 1)))
+
+    return jax.jit(place, donate_argnums=0, out_shardings=sharding)
+
+
+def _open(folder: epath.Path, stack: contextlib.ExitStack):
+    """({tensor name: (file name, open file)}, problems) of one safetensors file, or of the shards of an index."""
+    index = folder / "model.safetensors.index.json"
+    listed = {}
+    if (folder / "model.safetensors").exists():
+        names = ["model.safetensors"]
+    elif index.exists():
+        try:
+            listed = json.loads(index.read_text())["weight_map"]
+            names = sorted(set(listed.values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{index} is not an index of shards with a weight_map: {error!r}"
+            ) from None
+    else:
+        raise FileNotFoundError(
+            f"{folder} has neither model.safetensors nor model.safetensors.index.json"
+        )
+    absent = [name for name in names if not (folder / name).exists()]
+    if absent:
+        raise FileNotFoundError(f"{index} names shards that are not there: {', '.join(absent)}")
+    files, problems = {}, []
+    for name in names:
+        try:
+            weights = stack.enter_context(safe_open(os.fspath(folder / name), framework="numpy"))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{folder / name} is no readable safetensors file, fetch it again: {error}"
+            ) from None
+        for tensor in weights.keys():
+            if tensor in files:
+                problems.append(f"{tensor} is in both {files[tensor][0]} and {name}")
+            files[tensor] = (name, weights)
+    return files, problems
+
+
+def floating(dtype):
+    """The dtype, if it is one that weights can have; None stays None."""
+    if dtype is None:
+        return None
+    with contextlib.suppress(TypeError):
+        if np.dtype(dtype) in {np.dtype(known) for known in DTYPES.values()}:
+            return np.dtype(dtype)
+    raise ValueError(f"dtype {dtype!r} is not float32, float16 or bfloat16")
+
+
+def copy_tokenizer(source: epath.Path, folder: epath.Path, required: bool):
+    names = [name for name in TOKENIZER_FILES if (source / name).exists()]
+    if required and not {"tokenizer.json", "tokenizer.model"} & set(names):
+        raise FileNotFoundError(f"{source} has neither tokenizer.json nor tokenizer.model")
+    for name in names:
+        (source / name).copy(folder / name)

@@ -1,0 +1,1 @@
+"""The very step of a config, compiled for chips that are not there."""

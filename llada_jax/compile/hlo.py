@@ -1,0 +1,324 @@
+"""What a compiled program does, read from its text: arrays, loops, collectives and memory traffic of one device."""
+
+import collections
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator
+
+_BYTES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "s16": 2,
+    "u16": 2,
+    "bf16": 2,
+    "f16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+}
+_BYTES |= {"s64": 8, "u64": 8, "f64": 8}
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+
+_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](?:\{([^}]*)\})?")
+_HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_LINE = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = (.*)$")
+_OPCODE = re.compile(r" ([a-z][\w\-]*)\(")
+# Instructions that only name, wait or call: what they stand for is counted elsewhere.
+_FREE = {
+    "parameter",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "constant",
+    "while",
+    "conditional",
+    "call",
+    "after-all",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """An array: type, dimensions, and whether it is in main memory (HBM) rather than on the chip."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    in_hbm: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.dims) * _BYTES.get(self.dtype, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    name: str
+    opcode: str
+    shapes: tuple[Shape, ...]  # of the result; several for a tuple
+    operands: tuple[str, ...]
+    text: str
+    is_root: bool
+
+    def attribute(self, key: str) -> str | None:
+        """The computation or number that `key=` names."""
+        found = re.search(rf"\b{key}=%?([\w.\-]+)", self.text)
+        return found.group(1) if found else None
+
+
+def _shapes(text: str) -> tuple[Shape, ...]:
+    # Memory space 1 and up (S(1)) is on the chip.
+    return tuple(
+        Shape(
+            dtype,
+            tuple(int(d) for d in dims.split(",") if d),
+            not re.search(r"S\([1-9]", layout or ""),
+        )
+        for dtype, dims, layout in _ARRAY.findall(text)
+    )
+
+
+def _instruction(line: str) -> Instruction | None:
+    if not (found := _LINE.match(line)):
+        return None
+    root, name, rest = found.groups()
+    opcode = _OPCODE.search(" " + rest)
+    start = opcode.end() - 1
+    depth, end = 1, start
+    while depth and end < len(rest):
+        depth += {"(": 1, ")": -1}.get(rest[end], 0)
+        end += 1
+    operands = tuple(re.findall(r"%([\w.\-]+)", rest[start : end - 1]))
+    return Instruction(
+        name, opcode.group(1), _shapes(rest[: opcode.start()]), operands, rest, bool(root)
+    )
+
+
+def _constant(instruction: Instruction) -> int | None:
+    found = (
+        re.search(r" constant\((\d+)\)", instruction.text)
+        if instruction.opcode == "constant"
+        else None
+    )
+    return int(found.group(1)) if found else None
+
+
+class Program:
+    """The computations of one compiled program (`compiled.as_text()`)."""
+
+    def __init__(self, text: str):
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        self.aliased_outputs = len(re.findall(r"\{\d[\d, ]*\}: \(\d+", text.split("\n", 1)[0]))
+        partitions = re.search(r"num_partitions=(\d+)", text)
+        self.num_partitions = int(partitions.group(1)) if partitions else 1
+        current = None
+        for line in text.splitlines():
+            if header := _HEADER.match(line):
+                current = self.computations.setdefault(header.group(1), {})
+                if line.startswith("ENTRY"):
+                    self.entry = header.group(1)
+            elif current is not None and (instruction := _instruction(line)):
+                current[instruction.name] = instruction
+
+    def arrays(self) -> Iterator[Shape]:
+        """Every array that an instruction outside fusions leaves in main memory."""
+        for name in self.times:
+            for instruction in self.computations[name].values():
+                yield from (s for s in instruction.shapes if s.in_hbm)
+
+    @functools.cached_property
+    def times(self) -> dict[str, int]:
+        """How often each computation runs in one call; those inside fusions are left out."""
+        times: dict[str, int] = collections.defaultdict(int)
+
+        def visit(name: str, count: int):
+            times[name] += count
+            for instruction in self.computations[name].values():
+                if instruction.opcode == "while":
+                    visit(instruction.attribute("body"), count * self.trip_count(instruction))
+                elif instruction.opcode == "call":
+                    visit(instruction.attribute("to_apply"), count)
+                elif instruction.opcode == "conditional":
+                    branches = re.findall(r"branch_computations=\{([^}]*)\}", instruction.text)
+                    branches += re.findall(
+                        r"(?:true|false)_computation=(%[\w.\-]+)", instruction.text
+                    )
+                    for called in re.findall(r"%([\w.\-]+)", " ".join(branches)):
+                        visit(called, count)
+
+        visit(self.entry, 1)
+        return dict(times)
+
+    def trip_count(self, loop: Instruction) -> int:
+        """How often the body of a `while` runs: XLA's own figure, or what its counter and its bound say."""
+        if known := re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.text):
+            return int(known.group(1))
+        condition = self.computations[loop.attribute("condition")]
+        bound = max((c for c in map(_constant, condition.values()) if c is not None), default=1)
+        counter = next(
+            (i.attribute("index") for i in condition.values() if i.opcode == "get-tuple-element"),
+            None,
+        )
+        body = self.computations[loop.attribute("body")]
+        result = next(i for i in body.values() if i.is_root)
+        if counter is None or result.opcode != "tuple":
+            return bound
+        # The counter goes on by 1, or by as many turns as the compiler unrolled.
+        steps = [
+            _constant(body[o]) for o in body[result.operands[int(counter)]].operands if o in body
+        ]
+        return -(-bound // max((s for s in steps if s), default=1))
+
+    def collectives(self) -> Iterator[tuple[str, Instruction, int]]:
+        """(kind, instruction, how often it runs); one that is split into start and done is met once.
+
+        An all-reduce of which each device keeps a part, as the TPU compiler fuses them, is a reduce-scatter.
+        """
+        for name, count in self.times.items():
+            seen = set()
+            for scope, instruction in self._with_fused(name):
+                opcode = instruction.opcode.removesuffix("-start")
+                channel = opcode, instruction.attribute("channel_id")
+                if opcode in COLLECTIVES and (channel[1] is None or channel not in seen):
+                    seen.add(channel)
+                    yield (
+                        "reduce-scatter" if scope.startswith("all-reduce-scatter") else opcode,
+                        instruction,
+                        count,
+                    )
+
+    def _with_fused(self, name: str) -> Iterator[tuple[str, Instruction]]:
+        for instruction in self.computations[name].values():
+            yield name, instruction
+            if instruction.opcode in ("fusion", "async-start"):
+                yield from self._with_fused(instruction.attribute("calls"))
+
+    def collective_bytes(self) -> dict[str, tuple[int, int]]:
+        """{kind: (calls, bytes)} of one device in one call of the program; bytes that a device sends within its slice.
+
+        A ring over k devices sends (k - 1) / k of what is gathered or scattered, and twice that for an all-reduce.
+        """
+        total: dict[str, tuple[int, int]] = {}
+        for kind, instruction, count in self.collectives():
+            arrays = [s for s in instruction.shapes if s.dims] or instruction.shapes
+            if instruction.opcode.endswith("-start"):
+                arrays = arrays[
+                    len(arrays) // 2 :
+                ]  # what comes out; the first half is what goes in
+            size = sum(s.nbytes for s in arrays)
+            share = 1.0
+            if kind != "collective-permute":
+                group = self.group_size(instruction)
+                ring = (group - 1) / group
+                if kind == "all-reduce":
+                    share = 2 * ring
+                else:  # a reduce-scatter by name gives the part that is kept, one made of an all-reduce the whole
+                    share = (
+                        group * ring if instruction.opcode.startswith("reduce-scatter") else ring
+                    )
+            calls, sent = total.get(kind, (0, 0))
+            total[kind] = calls + count, sent + int(size * share) * count
+        return total
+
+    def between_slices(self, slices: int) -> tuple[int, int]:
+        """(transfers, bytes) that a device sends to others than its slice in one call, by rings over `slices` slices.
+
+        The TPU compiler makes the program of one slice: what crosses is in no replica group, but handed, whole, to its
+        runtime by `send`. ValueError for a form that is not known.
+        """
+        ring = (slices - 1) / slices
+        shares = {
+            "ALL_REDUCE": 2 * ring,
+            "ALL_GATHER": slices - 1,
+            "REDUCE_SCATTER": ring,
+            "ALL_TO_ALL": ring,
+        }
+        calls = sent = 0
+        for name, count in self.times.items():
+            for instruction in self.computations[name].values():
+                form = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.text)
+                if instruction.opcode == "send" and form:
+                    if form.group(1) not in shares:
+                        raise ValueError(
+                            f"unknown transfer between slices, {form.group(1)}, in {instruction.name}"
+                        )
+                    calls += count
+                    sent += int(instruction.shapes[0].nbytes * shares[form.group(1)]) * count
+        return calls, sent
+
+    def hbm_bytes(self) -> int:
+        """Main-memory traffic of one call: what every instruction outside fusions reads and writes, loops included.
+
+        Of an array that is only sliced (or updated in place) the slice counts. An estimate: the compiler may keep an
+        operand on the chip from one instruction to the next.
+        """
+        return sum(
+            count
+            * sum(
+                self._traffic(i, self.computations[name]) for i in self.computations[name].values()
+            )
+            for name, count in self.times.items()
+        )
+
+    def _traffic(self, instruction: Instruction, scope: dict[str, Instruction]) -> int:
+        opcode = instruction.opcode
+        if opcode in _FREE or opcode.endswith(("-done", "-update")):
+            return 0
+        if opcode.endswith(
+            "-start"
+        ):  # a tuple of source and destination (copy-start: the other way round)
+            ends = [s for s in instruction.shapes if s.dims][:2]
+            moved = min((s.nbytes for s in ends), default=0)
+            return sum(moved for s in ends if s.in_hbm)
+        written = sum(s.nbytes for s in instruction.shapes if s.in_hbm)
+        sizes = [
+            sum(s.nbytes for s in scope[o].shapes if s.in_hbm) if o in scope else 0
+            for o in instruction.operands
+        ]
+        if opcode == "dynamic-slice":
+            return 2 * written
+        if opcode == "dynamic-update-slice":
+            return 2 * sizes[1]
+        if opcode == "send":  # its result names what it reads
+            return sizes[0]
+        if opcode == "fusion":
+            written, sizes = self._fusion_traffic(instruction, written, sizes)
+        return written + sum(sizes)
+
+    def _fusion_traffic(self, fusion: Instruction, written: int, sizes: list[int]):
+        inside = self.computations[fusion.attribute("calls")]
+        users = collections.defaultdict(list)
+        for instruction in inside.values():
+            for operand in instruction.operands:
+                users[operand].append(instruction)
+        for instruction in inside.values():
+            if instruction.opcode != "parameter":
+                continue
+            number = int(re.search(r"parameter\((\d+)\)", instruction.text).group(1))
+            uses = users[instruction.name]
+            if uses and all(u.opcode == "dynamic-slice" for u in uses):
+                sizes[number] = min(sizes[number], sum(u.shapes[0].nbytes for u in uses))
+            elif uses and all(
+                u.opcode == "dynamic-update-slice" and u.operands[0] == instruction.name
+                for u in uses
+            ):
+                updates = sum(inside[u.operands[1]].shapes[0].nbytes for u in uses)
+                whole = sum(u.shapes[0].nbytes for u in uses)
+                sizes[number], written = 0, max(written - whole, 0) + 2 * updates
+        return written, sizes
+
+    def group_size(self, collective: Instruction) -> int:
+        """Devices that take part in one group of a collective; ValueError for a form that is not known."""
+        text = collective.text
+        if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", text):
+            return int(found.group(2))
+        if found := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
+            return len(found.group(1).split(","))
+        if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
+            sizes = dict(re.findall(r"'(\w+)'=(\d+)", found.group(1)))
+            return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found.group(2)))
+        if "replica_groups={}" in text:  # all of them
+            return self.num_partitions
+        raise ValueError(f"unknown replica groups in {text[:200]}")

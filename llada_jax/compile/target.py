@@ -1,0 +1,40 @@
+"""Devices of a chip topology that is not there."""
+
+import os
+import re
+
+from jax.experimental import topologies
+
+from llada_jax.chips import CHIPS, Chip
+
+
+def topology(name: str, slices: int = 1) -> tuple[list, Chip]:
+    """Devices of a TPU topology such as "v5p:2x2x4" (chips along each axis of a slice), and what one chip can do.
+
+    Raises ValueError for an unknown topology and ImportError without the TPU compiler.
+    """
+    generation, _, sides = name.partition(":")
+    known = sorted(
+        prefix for prefix, chip in CHIPS.items() if prefix[0] == "v" and chip.name.startswith("TPU")
+    )
+    if generation not in known or not re.fullmatch(r"\d+(x\d+)+", sides):
+        raise ValueError(
+            f"--topology={name!r} is not GENERATION:AxB or AxBxC, like v5p:2x2x4; known: {', '.join(known)}"
+        )
+    if slices < 1:
+        raise ValueError(f"--slices={slices}: at least one")
+    # Neither ask the metadata server of a TPU machine nor claim its chips.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    kwargs = {"num_slices": slices} if slices > 1 else {}
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **kwargs)
+    except Exception as error:
+        if (
+            "libtpu" in str(error).lower()
+            and "not found" in str(error).lower()
+            or isinstance(error, ImportError)
+        ):
+            raise ImportError("the TPU compiler is missing: pip install libtpu") from error
+        raise ValueError(f"--topology={name}: {error}") from error
+    return found.devices, CHIPS[generation]

@@ -1,0 +1,96 @@
+"""Rows to batches, in an order that depends on the seed alone."""
+
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from llada_jax.batch import Batch
+from llada_jax.data.rows import Rows
+
+
+class Loader(Iterator[Batch]):
+    """Iterator of batches; `next_index` is the global index of the next row, the loader's whole state."""
+
+    def __init__(self, batches: grain.IterDataset, start: int, batch_rows: int):
+        self._batches, self._batch_rows, self.next_index = iter(batches), batch_rows, start
+
+    def __next__(self) -> Batch:
+        batch = Batch(**next(self._batches))
+        self.next_index += self._batch_rows
+        return batch
+
+
+def loader(
+    rows: Rows,
+    *,
+    batch_rows: int,
+    seed: int,
+    shuffle: bool = True,
+    epochs: int | None = None,
+    start: int = 0,
+    pad: bool = False,
+    shard_index: int = 0,
+    shard_count: int = 1,
+    threads: int = 8,
+) -> Loader:
+    """Batches of `batch_rows` rows over all shards, in numpy arrays; this shard gets batch_rows / shard_count of them.
+
+    The global batch at row index k (k = step * batch_rows) is a function of rows, seed and k; a shard takes its rows
+    [shard_index::shard_count]. Each epoch is shuffled anew. epochs=None repeats for ever; else a last partial batch is
+    dropped, or with `pad` filled up with empty rows (segment_ids 0, row_ids -1). `start`: the index to go on from.
+    """
+    if batch_rows < 1 or batch_rows % shard_count or not 0 <= shard_index < shard_count:
+        raise ValueError(
+            f"batch_rows={batch_rows} cannot be shared by shard {shard_index} of {shard_count};"
+            " use a positive multiple of the number of shards"
+        )
+    count = len(rows)
+    order = grain.MapDataset.range(count)
+    if shuffle:
+        # grain adds the epoch to the seed: spread seeds out, or seed 0 in epoch 1 is seed 1 in epoch 0.
+        order = order.shuffle(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+    total = 1 << 62 if epochs is None else count * epochs
+    batches = (total - start + (batch_rows - 1) * pad) // batch_rows
+    if batches < 1 and start == 0:
+        raise ValueError(
+            f"{count} rows x {epochs} epochs fill no batch of {batch_rows}; lower batch_rows or pad"
+        )
+
+    def row(k: int) -> dict[str, np.ndarray]:
+        if k >= total:
+            return _padded({}, rows, row_id=-1, epoch=epochs - 1)
+        index = int(order[k]) % count
+        return _padded(rows[index], rows, row_id=index, epoch=k // count)
+
+    indices = grain.MapDataset.range(
+        start + shard_index, start + max(batches, 0) * batch_rows, shard_count
+    )
+    local_rows = batch_rows // shard_count
+    options = grain.ReadOptions(
+        num_threads=threads, prefetch_buffer_size=max(threads, 2 * local_rows)
+    )
+    return Loader(indices.map(row).to_iter_dataset(options).batch(local_rows), start, batch_rows)
+
+
+def _padded(
+    row: dict[str, np.ndarray], rows: Rows, row_id: int, epoch: int
+) -> dict[str, np.ndarray]:
+    """One row of a batch."""
+    length = rows.row_length
+    tokens, segment_ids = np.full(length, rows.pad_id, np.int32), np.zeros(length, np.int32)
+    response_mask = np.zeros(length, bool)
+    if row:
+        size = len(row["tokens"])
+        tokens[:size], segment_ids[:size] = row["tokens"], row["segment_ids"]
+        response_mask[:size] = row["response_mask"]
+    place = np.arange(length, dtype=np.int32)
+    begins = np.diff(segment_ids, prepend=-1) != 0
+    return {
+        "tokens": tokens,
+        "segment_ids": segment_ids,
+        "positions": place - np.maximum.accumulate(np.where(begins, place, 0)),
+        "response_mask": response_mask,
+        "row_ids": np.int32(row_id),
+        "epochs": np.int32(epoch),
+    }

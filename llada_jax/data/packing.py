@@ -1,0 +1,273 @@
+"""Normalised records -> tokens -> packed rows.
+
+A sample (a pair, a prompt with its response) lies whole in one row; text is one stream, cut into rows.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import itertools
+import os
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from llada_jax.data.records import FIELDS, BadRecord, BadRecords, normalise, parse
+from llada_jax.data.sources import raw_records
+from llada_jax.data.templates import encode_prompt
+from llada_jax.tokenizer import Tokenizer
+
+OPEN_ROWS = 256  # rows that first fit looks at; the oldest is closed when one more is opened
+REPORT_SECONDS = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What becomes of a source, part of the cache key; `data.prepare` says what each means. ValueError for nonsense."""
+
+    kind: str
+    row_length: int
+    template: str
+    append_eos: bool
+    answer_multiple: int
+    too_long: str
+    bad_records: str
+    holdout: float
+    split: str
+    limit: int
+
+    def __post_init__(self):
+        for name, values in (
+            ("kind", ("preference", "sft", "text")),
+            ("template", ("chat", "plain")),
+            ("too_long", ("drop", "truncate")),
+            ("bad_records", ("stop", "skip")),
+            ("split", ("train", "heldout")),
+        ):
+            if getattr(self, name) not in values:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(values)}"
+                )
+        for name, least in (("row_length", 2), ("answer_multiple", 1), ("limit", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} is too small; use at least {least}")
+        if self.answer_multiple > 1 and self.kind != "sft":
+            raise ValueError(
+                f'answer_multiple={self.answer_multiple} is for kind="sft"; use 1 for {self.kind!r}'
+            )
+        if not 0 <= self.holdout < 1:
+            raise ValueError(
+                f"holdout={self.holdout} is no fraction of the records; use 0 <= holdout < 1"
+            )
+        if self.split == "heldout" and not self.holdout:
+            raise ValueError('split="heldout" is empty at holdout=0; set data.holdout, e.g. to 0.1')
+
+    def holds(self, index: int) -> bool:
+        """Whether record number `index` is of this split: a hash decides, so that a longer file keeps the choice."""
+        draw = (
+            int.from_bytes(hashlib.blake2b(index.to_bytes(8, "big"), digest_size=8).digest(), "big")
+            / 2**64
+        )
+        return (draw < self.holdout) == (self.split == "heldout")
+
+
+@dataclasses.dataclass
+class Stats:
+    """Counts of one preparation; a sample is a pair, a prompt with its response, or a document of text."""
+
+    row_length: int
+    records: int = 0
+    bad: int = 0
+    too_long_dropped: int = 0
+    truncated: int = 0
+    samples: int = 0
+    rows: int = 0
+    tokens: int = 0
+    response_tokens: int = 0
+
+    @property
+    def fill(self) -> float:
+        """Part of the rows that is not padding."""
+        return self.tokens / max(self.rows * self.row_length, 1)
+
+    def __str__(self) -> str:
+        counts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return (
+            ", ".join(f"{name} {count:,}" for name, count in counts.items())
+            + f", fill {self.fill:.1%}"
+        )
+
+
+class Packer:
+    """One pass over a source: records to samples to rows, counted in `stats`."""
+
+    def __init__(self, source: str, tokenizer: Tokenizer, settings: Settings):
+        self.source, self.tokenizer, self.settings = source, tokenizer, settings
+        self.stats = Stats(settings.row_length)
+        self.bad = BadRecords(settings.bad_records)
+
+    def rows(self) -> Iterator[dict[str, np.ndarray]]:
+        """Each row: tokens int32, segment_ids uint16, response_mask bool, all [length], without padding."""
+        packed = self._text_rows() if self.settings.kind == "text" else self._packed_rows()
+        began = reported = time.monotonic()
+        for row in packed:
+            self.stats.rows += 1
+            self.stats.tokens += len(row["tokens"])
+            self.stats.response_tokens += int(row["response_mask"].sum())
+            if (now := time.monotonic()) - reported > REPORT_SECONDS:
+                reported, records = now, self.stats.records
+                rate = f"{records / (now - began):,.0f} records/s, {self.stats.tokens / (now - began):,.0f} tokens/s"
+                print(
+                    f"preparing {self.source}: {records:,} records, {rate}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            yield row
+
+    def _encoded(self) -> Iterator[list[np.ndarray]]:
+        """What `_encode` makes of the good records of this split, in order, on all cores."""
+        first = enumerate(itertools.islice(raw_records(self.source), self.settings.limit or None))
+        chosen = (item for index, item in first if self.settings.holds(index))
+        size = 64 if self.settings.kind == "text" else 1024
+        pool = ThreadPoolExecutor(os.cpu_count())
+
+        def started():
+            # `map` of an executor reads all of its input: hand it a block at a time.
+            while block := list(itertools.islice(chosen, size)):
+                yield block, pool.map(self._encode, block)
+
+        try:
+            # The next block is encoded while this one is packed and written.
+            blocks = started()
+            ahead = next(blocks, None)
+            while ahead:
+                (block, results), ahead = ahead, next(blocks, None)
+                self.stats.records += len(block)
+                for (where, _), result in zip(block, results, strict=True):
+                    if isinstance(result, BadRecord):
+                        self.bad.add(where, result)
+                        self.stats.bad += 1
+                    else:
+                        yield result
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error nobody wants the rest of the block
+
+    def _encode(self, item: tuple[str, object]) -> list[np.ndarray] | BadRecord:
+        """Ids of [prompt, response, ...], or of [document]."""
+        try:
+            record = normalise(parse(item[1]), self.settings.kind)
+            ids = [self.tokenizer.encode(record[key]) for key in FIELDS[self.settings.kind]]
+            if not all(ids):
+                raise BadRecord("it has no tokens")
+            if ids[1:] == ids[:1]:
+                raise BadRecord("chosen and rejected are the same tokens")
+            if self.settings.append_eos:
+                ids = [response + [self.tokenizer.eos_id] for response in ids]
+            if self.settings.kind == "text":
+                bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
+                ids = [bos + ids[0]]
+            else:
+                ids = [
+                    encode_prompt(self.tokenizer, record["prompt"], self.settings.template),
+                    *ids,
+                ]
+            if any(self.tokenizer.mask_id in part for part in ids):
+                raise BadRecord(f"its text encodes to the mask token {self.tokenizer.mask_id}")
+        except BadRecord as reason:
+            return reason
+        return [np.asarray(part, np.int32) for part in ids]
+
+    def _text_rows(self) -> Iterator[dict[str, np.ndarray]]:
+        length = self.settings.row_length
+        rest = np.zeros(0, np.int32)
+        ones = {"segment_ids": np.ones(length, np.uint16), "response_mask": np.ones(length, bool)}
+        for (document,) in self._encoded():
+            self.stats.samples += 1
+            rest = np.concatenate([rest, document])
+            cut = len(rest) - len(rest) % length
+            yield from ({"tokens": tokens, **ones} for tokens in rest[:cut].reshape(-1, length))
+            rest = rest[cut:]
+
+    def _packed_rows(self) -> Iterator[dict[str, np.ndarray]]:
+        """First fit: a sample goes into the oldest open row that has room; OPEN_ROWS bounds how many are open."""
+        opened: collections.deque[_Row] = collections.deque()
+        for prompt, *responses in self._encoded():
+            responses = self._fit(prompt, responses)
+            if responses is None:
+                self.stats.too_long_dropped += 1
+                continue
+            self.stats.samples += 1
+            size = len(responses) * len(prompt) + sum(map(len, responses))
+            row = next((row for row in opened if row.room >= size), None)
+            if row is None:
+                row = _Row(self.settings.row_length)
+                opened.append(row)
+            row.add(prompt, responses, size)
+            if row.room == 0:
+                opened.remove(row)
+                yield row.arrays()
+            elif len(opened) > OPEN_ROWS:
+                yield opened.popleft().arrays()
+        yield from (row.arrays() for row in opened)
+
+    def _fit(self, prompt: np.ndarray, responses: list[np.ndarray]) -> list[np.ndarray] | None:
+        """The responses as they go into a row (see `data.prepare` for too_long), None if they do not."""
+        room = self.settings.row_length - len(responses) * len(prompt)
+        if sum(map(len, responses)) > room:
+            if self.settings.too_long == "drop" or room < len(responses):
+                return None
+            # The longer is cut first: each may have an equal share, and what a shorter one leaves goes to the other.
+            shortest = min(map(len, responses))
+            share = max(room // len(responses), room - shortest * (len(responses) - 1))
+            responses = [response[:share] for response in responses]
+            if len(responses) > 1 and np.array_equal(*responses):
+                return None
+            self.stats.truncated += 1
+        if (multiple := self.settings.answer_multiple) > 1:
+            size = min(-(-len(responses[0]) // multiple) * multiple, room)
+            fill = np.full(size - len(responses[0]), self.tokenizer.eos_id, np.int32)
+            responses = [np.concatenate([responses[0], fill])]
+        return responses
+
+    def why_empty(self) -> str:
+        """Why a source gave no row: what to say when `rows` was empty."""
+        stats, settings = self.stats, self.settings
+        if not stats.records:
+            where = (
+                f" in its {settings.split} split (holdout={settings.holdout})"
+                if settings.holdout
+                else ""
+            )
+            return f"data source {self.source} holds no record{where}; give one that does"
+        if settings.kind == "text":
+            return f"data source {self.source} fills no row of {settings.row_length} tokens ({stats}); lower row_length"
+        return (
+            f"data source {self.source} gives no sample ({stats}); raise row_length or set"
+            ' data.too_long="truncate" if they are too long'
+        )
+
+
+class _Row:
+    """A row that is being filled."""
+
+    def __init__(self, length: int):
+        self.room, self.tokens, self.segments, self.masks = length, [], [], []
+
+    def add(self, prompt: np.ndarray, responses: list[np.ndarray], size: int) -> None:
+        for response in responses:
+            self.tokens += [prompt, response]
+            self.segments.append(len(prompt) + len(response))
+            self.masks += [np.zeros(len(prompt), bool), np.ones(len(response), bool)]
+        self.room -= size
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {
+            "tokens": np.concatenate(self.tokens),
+            "segment_ids": np.repeat(
+                np.arange(1, len(self.segments) + 1, dtype=np.uint16), self.segments
+            ),
+            "response_mask": np.concatenate(self.masks),
+        }

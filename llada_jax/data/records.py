@@ -1,0 +1,196 @@
+"""Raw records of a source to normalised records."""
+
+import json
+import re
+from collections.abc import Iterator
+
+from absl import logging
+
+from llada_jax.data.sources import raw_records
+from llada_jax.data.templates import as_messages
+
+NAMED_BAD_RECORDS = 5  # skipped records that are named one by one; the rest is counted
+
+# What of a normalised record follows the prompt.
+FIELDS = {
+    "preference": ("chosen", "rejected"),
+    "sft": ("response",),
+    "text": ("text",),
+    "prompt": (),
+}
+
+
+class BadRecord(ValueError):
+    """Why a record cannot be used; the caller adds where it is."""
+
+
+class BadRecords:
+    """What `bad_records` says to do with them."""
+
+    def __init__(self, policy: str):
+        if policy not in ("stop", "skip"):
+            raise ValueError(f'bad_records={policy!r} is unknown; use "stop" or "skip"')
+        self.policy, self.count = policy, 0
+
+    def add(self, where: str, reason: BadRecord) -> None:
+        if self.policy == "stop":
+            raise ValueError(
+                f'{where}: {reason}; repair it or set data.bad_records="skip"'
+            ) from reason
+        self.count += 1
+        if self.count <= NAMED_BAD_RECORDS:
+            logging.warning("skipped %s: %s", where, reason)
+        elif self.count == NAMED_BAD_RECORDS + 1:
+            logging.warning("more bad records are skipped without being named")
+
+
+def read_records(
+    source: str, kind: str, bad_records: str = "stop"
+) -> Iterator[tuple[str, dict, dict]]:
+    """("file:line", raw record, normalised record) of a source.
+
+    Normalised: "preference" has prompt, chosen, rejected; "sft" prompt, response; "prompt" prompt; "text" text. A
+    prompt is a string or a list of messages {role, content}, all else is a string. The forms that are understood:
+    `normalise`. ValueError at a bad record, or with bad_records="skip" a warning.
+    """
+    bad = BadRecords(bad_records)
+    for where, raw in raw_records(source):
+        try:
+            raw = parse(raw)
+            yield where, raw, normalise(raw, kind)
+        except BadRecord as reason:
+            bad.add(where, reason)
+
+
+def parse(raw: object) -> dict:
+    if isinstance(raw, bytes):
+        try:
+            escapes = rb"\ud" in raw.lower()
+            raw = json.loads(raw)
+            if escapes:  # JSON can write half of a surrogate pair, which no tokenizer takes
+                json.dumps(raw, ensure_ascii=False).encode()
+        except json.JSONDecodeError as e:
+            raise BadRecord(f"no JSON ({e.msg} at character {e.pos})") from e
+        except UnicodeError as e:
+            raise BadRecord(f"no UTF-8 ({e})") from e
+    if not isinstance(raw, dict):
+        raise BadRecord(f"a record is an object with fields, this is {type(raw).__name__}")
+    return raw
+
+
+def normalise(raw: dict, kind: str) -> dict:
+    """The normalised form (see `read_records`) of a record, or BadRecord.
+
+    prompt: `prompt`, `question` or `instruction` (with `input`), a string or messages; or `messages` up to the last
+    assistant turn. response: `response`, `answer`, `output`, `completion`, or `chosen` of a preference record.
+    chosen and rejected (and a response) are strings, or messages: the answer alone or the whole conversation. Without
+    a prompt they are whole conversations, as messages or as HH-RLHF transcripts; both must then share the prompt.
+    The content of messages and turns is stripped, a string is left as it is.
+    """
+    if kind not in FIELDS:
+        raise ValueError(f"kind={kind!r} is unknown; use one of {', '.join(FIELDS)}")
+    if kind == "text":
+        return {"text": _string("text", _field(raw, "text"))}
+    prompt = _prompt(raw)
+    if kind == "preference":
+        found = [_response(key, _field(raw, key), prompt) for key in ("chosen", "rejected")]
+        if found[0][0] != found[1][0]:
+            raise BadRecord("chosen and rejected answer different prompts")
+        if found[0][1] == found[1][1]:
+            raise BadRecord("chosen and rejected are the same")
+        return {"prompt": found[0][0], "chosen": found[0][1], "rejected": found[1][1]}
+    if kind == "prompt" and prompt is not None:
+        return {"prompt": prompt}
+    if kind == "prompt" and "messages" in raw:
+        messages = _messages("messages", raw["messages"])
+        return {"prompt": messages[:-1] if messages[-1]["role"] == "assistant" else messages}
+    key = _first(raw, "messages", "response", "answer", "output", "completion", "chosen")
+    prompt, response = _response(key, _field(raw, key), prompt)
+    return {"prompt": prompt} if kind == "prompt" else {"prompt": prompt, "response": response}
+
+
+def _first(raw: dict, *keys: str) -> str:
+    key = next((key for key in keys if raw.get(key) is not None), None)
+    if key is None:
+        raise BadRecord(f"no field {' or '.join(keys)} (it has {', '.join(raw) or 'none'})")
+    return key
+
+
+def _field(raw: dict, key: str) -> object:
+    return raw[_first(raw, key)]
+
+
+def _string(key: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise BadRecord(f"{key} is {type(value).__name__}, not a string")
+    if not value.strip():
+        raise BadRecord(f"{key} is empty")
+    return value
+
+
+def _messages(key: str, value: object) -> list[dict]:
+    def ok(m: object) -> bool:
+        return (
+            isinstance(m, dict)
+            and isinstance(m.get("role"), str)
+            and isinstance(m.get("content"), str)
+        )
+
+    if not isinstance(value, list) or not value or not all(map(ok, value)):
+        raise BadRecord(f"{key} is neither a string nor a list of messages with role and content")
+    return [{"role": m["role"], "content": m["content"].strip()} for m in value]
+
+
+def _prompt(raw: dict) -> str | list[dict] | None:
+    key = next(
+        (key for key in ("prompt", "question", "instruction") if raw.get(key) is not None), None
+    )
+    if key is None:
+        return None
+    value = raw[key]
+    if not isinstance(value, str):
+        return _messages(key, value)
+    if key == "instruction" and raw.get("input"):
+        value = f"{value}\n\n{_string('input', raw['input'])}"
+    # The prompt of a transcript that was split already ends where the assistant is to speak.
+    turns = _transcript(value)
+    return turns[:-1] if turns and turns[-1] == {"role": "assistant", "content": ""} else value
+
+
+def _transcript(text: str) -> list[dict]:
+    """Messages of an HH-RLHF transcript, [] if the text is none."""
+    before, *parts = re.split(r"\n\n(Human|Assistant):", text)
+    if before.strip() or not parts:
+        return []
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [
+        {"role": roles[who], "content": said.strip()}
+        for who, said in zip(parts[::2], parts[1::2], strict=True)
+    ]
+
+
+def _response(
+    key: str, value: object, prompt: str | list[dict] | None
+) -> tuple[str | list[dict], str]:
+    """(prompt, response) where `value` is the response to the prompt, or the conversation that ends with it."""
+    if isinstance(value, str) and prompt is not None:
+        return prompt, _string(key, value)
+    turns = _transcript(value) if isinstance(value, str) else _messages(key, value)
+    if not turns:
+        raise BadRecord(
+            f"no prompt, and {key} is no transcript (it does not begin with \\n\\nHuman:)"
+        )
+    *head, last = turns
+    if last["role"] != "assistant":
+        raise BadRecord(f"{key} does not end with a turn of the assistant")
+    if not head and prompt is None:
+        raise BadRecord(f"no prompt: {key} has one turn only")
+    response = _string(f"the last turn of {key}", last["content"])
+    if not head:
+        return prompt, response
+    if prompt is None or head == as_messages(prompt):
+        return head if prompt is None else prompt, response
+    # A conversation may hold more than its prompt field: a system message, other turns.
+    if not isinstance(prompt, str) or {"role": "user", "content": prompt.strip()} not in head:
+        raise BadRecord(f"{key} repeats another prompt than the field prompt")
+    return head, response

@@ -1,0 +1,190 @@
+"""Packed rows on disk, and batches of them.
+
+`prepare` packs a source (see `records` and `packing`) once into rows with random access, cached by content; `loader`
+turns rows into batches whose order depends on the seed alone, so that one integer resumes it on any number of hosts.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import tensorflow_datasets as tfds
+from etils import epath
+
+from llada_jax.data.packing import Packer, Settings, Stats
+from llada_jax.data.sources import identify
+from llada_jax.tokenizer import Tokenizer
+
+FORMAT = (
+    1  # of the files on disk, part of the cache key: raise it when the same input gives other rows
+)
+STALE_SECONDS = 24 * 3600.0
+
+
+class _Builder(tfds.core.GeneratorBasedBuilder):
+    """Writes an iterator of rows in its order."""
+
+    name = "llada_jax_rows"
+    VERSION = tfds.core.Version(f"{FORMAT}.0.0")
+    pkg_dir_path = None  # there is no folder of documentation
+
+    def __init__(self, rows: Iterator[dict[str, np.ndarray]], data_dir: epath.Path):
+        self._rows = rows
+        super().__init__(data_dir=data_dir, file_format="array_record")
+
+    def _info(self):
+        types = {"tokens": np.int32, "segment_ids": np.uint16, "response_mask": np.bool_}
+        features = {
+            key: tfds.features.Tensor(shape=(None,), dtype=dtype) for key, dtype in types.items()
+        }
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"rows": self._generate_examples()}
+
+    def _generate_examples(self):
+        yield from enumerate(self._rows)
+
+    def _log_download_bytes(self):
+        """Nothing is downloaded, so nothing is said about it."""
+
+    _log_download_done = _log_download_bytes
+
+
+class Rows(Sequence):
+    """Packed rows with random access; `rows[i]` is a dict of tokens, segment_ids, response_mask, all [length] and
+    without padding (the loader pads).
+
+    `stats`: `Stats`; `num_segments`: most segments in any row; `row_length`; `pad_id`; `kind`; `fingerprint`: hash of
+    the records, the tokenizer and every setting.
+    """
+
+    def __init__(self, directory: str | os.PathLike):
+        meta = json.loads((epath.Path(directory) / "prepared.json").read_text())
+        self.stats = Stats(**meta["stats"])
+        self.row_length: int = self.stats.row_length
+        self.num_segments: int = meta["num_segments"]
+        self.pad_id: int = meta["pad_id"]
+        self.kind: str = meta["kind"]
+        self.fingerprint: str = meta["fingerprint"]
+        self._source = tfds.builder_from_directory(directory).as_data_source(split="rows")
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return self._source[
+            range(len(self))[index]
+        ]  # IndexError ends an iteration, the source has its own
+
+
+def prepare(
+    source: str,
+    kind: str,
+    tokenizer: Tokenizer,
+    *,
+    row_length: int,
+    cache_dir: str | os.PathLike,
+    template: str = "chat",
+    append_eos: bool = True,
+    answer_multiple: int = 1,
+    too_long: str = "drop",
+    bad_records: str = "stop",
+    holdout: float = 0.0,
+    split: str = "train",
+    limit: int = 0,
+) -> Rows:
+    """Packs a source into rows of at most `row_length` tokens under cache_dir/<hash>, or opens those already there.
+
+    kind: "preference" (pairs), "sft" (a prompt and a response) or "text" (documents, between bos and EOS, laid end to
+        end and cut into rows; the last short row is dropped; `template` and `too_long` do not matter).
+    template: see `encode_prompt`. append_eos: a response or document ends with EOS.
+    answer_multiple: ("sft") EOS pads the response, as part of it, to a multiple of so many tokens, never past the row;
+        row_length gives the published form, one sample a row.
+    too_long: what happens to a sample (for "preference" a pair, twice its prompt and both responses) that is longer
+        than a row: "drop", or "truncate", which cuts the end of the longer response, then of both; an EOS goes with
+        the end. A prompt that leaves no room, or a pair whose responses become equal, is dropped all the same.
+    bad_records: "stop" with an error that names the first, or "skip" and count them.
+    holdout, split: this fraction of the records is "heldout", the others are "train".
+    limit: only so many records of the source, before they are split; 0 is all.
+    ValueError or FileNotFoundError, in one line, for a source that gives no row. cache_dir is a local directory.
+    """
+    settings = Settings(
+        kind,
+        row_length,
+        template,
+        append_eos,
+        answer_multiple,
+        too_long,
+        bad_records,
+        holdout,
+        split,
+        limit,
+    )
+    if "://" in os.fspath(cache_dir):
+        raise ValueError(
+            f"cache_dir={cache_dir} is not local, and ArrayRecord reads local files; use a local directory"
+        )
+    if tokenizer.eos_id is None:
+        raise ValueError(
+            "rows are padded with EOS, which this tokenizer does not have; use one with <|endoftext|>"
+        )
+    digest = hashlib.sha256(
+        f"{FORMAT} {tokenizer.fingerprint} {dataclasses.asdict(settings)}".encode()
+    )
+    identify(source, digest, limit)
+    fingerprint = digest.hexdigest()[:20]
+    directory = epath.Path(cache_dir).expanduser() / fingerprint
+    if not directory.exists():
+        _write(Packer(source, tokenizer, settings), directory, fingerprint)
+    return Rows(directory)
+
+
+def _write(packer: Packer, directory: epath.Path, fingerprint: str) -> None:
+    """Writes the packer's rows to a temporary directory and renames it when it is complete."""
+    # A killed process leaves its directory behind; one younger than a day may be at work still.
+    for left in directory.parent.glob(f"{directory.name}.*.incomplete"):
+        if time.time() - left.stat().mtime > STALE_SECONDS:
+            left.rmtree(missing_ok=True)
+    most = 0
+
+    def counted():
+        nonlocal most
+        for row in packer.rows():
+            most = max(most, int(row["segment_ids"][-1]))
+            yield row
+
+    rows = counted()
+    first = next(rows, None)
+    if first is None:
+        raise ValueError(packer.why_empty())
+    temporary = directory.with_name(f"{directory.name}.{uuid.uuid4().hex[:8]}.incomplete")
+    try:
+        tfds.disable_progress_bar()
+        builder = _Builder(itertools.chain([first], rows), temporary)
+        builder.download_and_prepare()
+        meta = {
+            "fingerprint": fingerprint,
+            "source": packer.source,
+            "kind": packer.settings.kind,
+            "num_segments": most,
+            "pad_id": packer.tokenizer.eos_id,
+            "stats": dataclasses.asdict(packer.stats),
+        }
+        (builder.data_path / "prepared.json").write_text(json.dumps(meta, indent=1))
+        try:
+            builder.data_path.rename(directory)
+        except OSError:
+            if not directory.exists():
+                raise
+            # Another process was faster; its rows are the same.
+    finally:
+        temporary.rmtree(missing_ok=True)

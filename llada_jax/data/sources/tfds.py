@@ -1,0 +1,62 @@
+"""The source tfds:NAME_OR_DIR, read without TensorFlow."""
+
+import os
+import re
+from collections.abc import Iterator
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+
+def tfds_records(spec: str) -> Iterator[tuple[str, object]]:
+    builder, split = tfds_builder(spec)
+    for number, record in enumerate(builder.as_data_source(split=split)):
+        yield f"{builder.data_path}:{split}:{number}", _from_tfds(record)
+
+
+def tfds_builder(spec: str) -> tuple[tfds.core.DatasetBuilder, str]:
+    match = re.fullmatch(r"(.+?):(\w[^/]*)", spec)  # a split may hold colons too: train[:100]
+    name, split = match.groups() if match else (spec, "train")
+    is_path = name.startswith(("/", ".", "~")) or "://" in name
+    try:
+        builder = (
+            tfds.builder_from_directory(os.path.expanduser(name)) if is_path else tfds.builder(name)
+        )
+    except Exception as e:  # it raises many kinds, over many lines
+        raise FileNotFoundError(
+            f"data source tfds:{spec}: no prepared dataset at {name}; prepare it, or set TFDS_DATA_DIR to where it is"
+        ) from e
+    if not builder.data_path.exists():
+        raise FileNotFoundError(
+            f"data source tfds:{spec}: nothing at {builder.data_path}; prepare the dataset first"
+        )
+    if split.partition("[")[0] not in builder.info.splits:
+        have = ", ".join(builder.info.splits)
+        raise ValueError(
+            f"data source tfds:{spec}: no split {split!r} in {builder.data_path}; it has {have}"
+        )
+    if builder.info.file_format.value != "array_record":
+        raise ValueError(
+            f"data source tfds:{spec}: {builder.data_path} is stored as {builder.info.file_format.value}, which takes"
+            ' TensorFlow to read; prepare it with file_format="array_record"'
+        )
+    return builder, split
+
+
+def _from_tfds(value: object) -> object:
+    """Bytes to str, arrays to lists, and a sequence of messages, which comes as {role: [..], content: [..]}."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    if isinstance(value, np.ndarray | np.generic):
+        return _from_tfds(value.tolist())
+    if isinstance(value, list | tuple):
+        return [_from_tfds(item) for item in value]
+    if isinstance(value, dict):
+        value = {key: _from_tfds(item) for key, item in value.items()}
+        if {"role", "content"} <= value.keys() and all(
+            isinstance(item, list) for item in value.values()
+        ):
+            return [
+                dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)
+            ]
+    return value

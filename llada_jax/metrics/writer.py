@@ -1,0 +1,132 @@
+"""Metrics on disk: metrics.jsonl and TensorBoard scalars."""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from absl import logging
+from etils import epath
+from tensorboardX import SummaryWriter
+
+from llada_jax.metrics.mean import floats
+
+
+class Writer:
+    """Writes metrics to workdir/metrics.jsonl (one line a call) and as TensorBoard scalars to workdir/tb.
+
+    `start_step` is the step a run continues from: what an earlier process logged beyond it, after its last checkpoint,
+    is dropped, since those steps will be run and logged again; under `evaluates_again` so is what it logged as "eval/"
+    at that step. Only process 0 of a pod writes. Object stores cannot append: on a path with "://" metrics.jsonl is
+    written whole at most every `remote_seconds`, and at `flush`.
+    """
+
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        start_step: int = 0,
+        *,
+        evaluates_again: bool = False,
+        remote_seconds: float | int = 60,
+    ):
+        self._enabled = jax.process_index() == 0
+        if not self._enabled:
+            return
+        workdir = epath.Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        self._path = workdir / "metrics.jsonl"
+        self._lines = lines_until(self._path, start_step, evaluated=not evaluates_again)
+        self._rewrite()
+        self._remote_seconds = remote_seconds
+        self._file = None
+        if not _is_remote(workdir):
+            self._lines.clear()
+            self._file = open(self._path, "a", encoding="utf-8")
+        try:
+            # The suffix keeps a process that starts within the same second from overwriting the file of the last.
+            options = {
+                "purge_step": start_step + 1,
+                "flush_secs": 30,
+                "filename_suffix": f".from{start_step}",
+            }
+            self._tensorboard = SummaryWriter(str(workdir / "tb"), **options)
+        except ImportError as error:  # tensorboardX needs a package of its own for gs:// and s3://
+            self._tensorboard = None
+            logging.warning(
+                "No TensorBoard scalars in %s (%s); metrics.jsonl has them all.", workdir, error
+            )
+
+    def write(self, step: int, metrics: Mapping[str, Any]):
+        """Logs one step; what JSON has no number for (nan, infinities) becomes null in metrics.jsonl."""
+        if not self._enabled:
+            return
+        values = floats(metrics)
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        line = json.dumps({"step": int(step), **finite}) + "\n"
+        if self._file:
+            self._file.write(line)
+            self._file.flush()
+        else:
+            self._lines.append(line)
+            if time.monotonic() - self._written >= self._remote_seconds:
+                self._rewrite()
+        if self._tensorboard:
+            for name, value in finite.items():
+                if value is not None:  # TensorBoard draws no nan, and warns of each
+                    self._tensorboard.add_scalar(name, value, int(step))
+
+    def flush(self):
+        """Makes everything written so far visible to readers; call it beside a checkpoint."""
+        if not self._enabled:
+            return
+        if not self._file:
+            self._rewrite()
+        if self._tensorboard:
+            self._tensorboard.flush()
+
+    def close(self):
+        if not self._enabled:
+            return
+        self.flush()
+        if self._file:
+            self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def _rewrite(self):
+        # Renaming is atomic on a disk, and so is a write of a whole object in a bucket.
+        target = self._path if _is_remote(self._path) else self._path.with_name("metrics.jsonl.tmp")
+        target.write_text("".join(self._lines))
+        if target != self._path:
+            target.replace(self._path)
+        self._written = time.monotonic()
+
+
+def _is_remote(path: epath.Path) -> bool:
+    return "://" in str(path)
+
+
+def lines_until(path: epath.Path, step: float | int, evaluated: bool = True) -> list[str]:
+    """The whole lines of a metrics file up to a step, and its evaluation if `evaluated`; none torn by a crash."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            found = json.loads(line)
+            again = (
+                not evaluated
+                and found["step"] == step
+                and any(name.startswith("eval/") for name in found)
+            )
+            if found["step"] <= step and not again:
+                lines.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    return lines

@@ -1,0 +1,82 @@
+"""Parts that architectures share: norm, linear layer, rotary embedding, rematerialisation policies."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+# Remat policies by name: what one layer keeps between its forward and its backward pass.
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def precision(dtype) -> jax.lax.Precision:
+    """float32 means float32: accelerators would multiply it in fewer bits by default."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+def constrain(x: Array, *axes: str | None) -> Array:
+    """Pins an activation [rows, positions, ...] to its logical axes; does nothing outside a mesh."""
+    return nn.with_logical_constraint(x, ("act_rows", "act_length", *axes))
+
+
+def cast(weight: Array, dtype: Any) -> Array:
+    """A weight in the type of the activations, cast where it is used."""
+    if weight.dtype == dtype:
+        return weight
+    # Without the barrier XLA casts the weights of all layers, or of the whole head, before the loop and keeps them.
+    return jax.lax.optimization_barrier(weight).astype(dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in float32, cast back, times the weight (spec: Model)."""
+
+    eps: float
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",))
+        scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return y.astype(self.dtype) * scale.astype(self.dtype)
+
+
+class Linear(nn.Module):
+    """x @ kernel, kernel [inputs, outputs], no bias."""
+
+    inputs: int
+    outputs: int
+    axes: tuple[str, str]
+    std: float
+    dtype: Any
+    param_dtype: Any
+
+    def setup(self):
+        init = nn.with_logical_partitioning(nn.initializers.normal(self.std), self.axes)
+        self.kernel = self.param("kernel", init, (self.inputs, self.outputs), self.param_dtype)
+
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        # One product over all positions: for the gradient of a batched one XLA's CPU backend transposes far more.
+        kernel = cast(self.kernel, self.dtype)
+        y = jnp.matmul(x.reshape(-1, self.inputs), kernel, precision=precision(self.dtype))
+        return y.reshape(*x.shape[:-1], self.outputs)
+
+
+def rotate(
+    x: Float[Array, "*b l h d"], positions: Int[Array, "*b l"], theta: float
+) -> Float[Array, "*b l h d"]:
+    """Rotary position embedding over the whole head, first half paired with second, in float32 (spec: Model)."""
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,316 @@
+"""LLaDA in Flax linen: the configuration, the transformer, and log-probabilities of target tokens."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int
+
+from llada_jax.models import attention as attention_lib
+from llada_jax.models.family import Row
+from llada_jax.models.layers import REMAT, Linear, RMSNorm, constrain, rotate
+from llada_jax.models.logps import chunked_logps, head_logits
+
+# What the family uses (spec: Model); any other value in a config.json would compute something else.
+_FIXED = {
+    "activation_type": "silu",
+    "alibi": False,
+    "attention_dropout": 0.0,
+    "attention_layer_norm": False,
+    "bias_for_layer_norm": False,
+    "block_group_size": 1,
+    "block_type": "llama",
+    "clip_qkv": None,
+    "embedding_dropout": 0.0,
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "input_emb_norm": False,
+    "layer_norm_type": "rms",
+    "layer_norm_with_affine": True,
+    "residual_dropout": 0.0,
+    "rope": True,
+    "rope_full_precision": True,
+    "scale_logits": False,
+}
+_REQUIRED = ("d_model", "n_heads", "n_layers", "vocab_size", "mask_token_id")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The architecture, under the checkpoint's own field names (`config.json` of the published models)."""
+
+    d_model: int
+    n_heads: int
+    n_layers: int
+    vocab_size: int
+    mask_token_id: int
+    n_kv_heads: int | None = None  # None: as many as n_heads
+    mlp_hidden_size: int | None = None  # None: 4 x d_model
+    embedding_size: int | None = None  # rows of embedding and head; None: vocab_size
+    max_sequence_length: int = 4096
+    rope_theta: float = 500_000.0
+    rms_norm_eps: float = 1e-5
+    weight_tying: bool = False
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+    init_std: float = 0.02
+
+    def __post_init__(self):
+        fill = {
+            "n_kv_heads": self.n_heads,
+            "mlp_hidden_size": 4 * self.d_model,
+            "embedding_size": self.vocab_size,
+        }
+        for name, value in fill.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        problems = [
+            f"{name}={getattr(self, name)} is not a positive number"
+            for name in (
+                *_REQUIRED[:4],
+                "n_kv_heads",
+                "mlp_hidden_size",
+                "embedding_size",
+                "max_sequence_length",
+            )
+            if getattr(self, name) < 1
+        ]
+        if not problems:
+            if self.d_model % self.n_heads:
+                problems.append(
+                    f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}"
+                )
+            elif self.head_size % 2:
+                problems.append(
+                    f"d_model / n_heads = {self.head_size} is odd, rotary embedding needs it even"
+                )
+            if self.n_heads % self.n_kv_heads:
+                problems.append(
+                    f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}"
+                )
+            if self.embedding_size < self.vocab_size:
+                problems.append(
+                    f"embedding_size={self.embedding_size} is below vocab_size={self.vocab_size}"
+                )
+            if not 0 <= self.mask_token_id < self.embedding_size:
+                problems.append(
+                    f"mask_token_id={self.mask_token_id} is not below {self.embedding_size}"
+                )
+        if problems:
+            raise ValueError("model config: " + "; ".join(problems))
+
+    @property
+    def head_size(self) -> int:
+        return self.d_model // self.n_heads
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "config.json") -> "ModelConfig":
+        """Reads the published keys; one ValueError lists every key that is missing or cannot be honoured."""
+        problems = [
+            f"{k}={values[k]!r} (only {v!r} is built)"
+            for k, v in _FIXED.items()
+            if values.get(k, v) != v
+        ]
+        problems += [f"{k} is missing" for k in _REQUIRED if values.get(k) is None]
+        if problems:
+            raise ValueError(
+                f"{source}: the model cannot honour this config: {'; '.join(problems)}"
+            )
+        known = {f.name for f in dataclasses.fields(cls)}
+        kept = {k: v for k, v in values.items() if k in known and v is not None}
+        if "n_kv_heads" not in kept and values.get("multi_query_attention"):
+            kept["n_kv_heads"] = 1
+        if "mlp_hidden_size" not in kept and values.get("mlp_ratio") is not None:
+            kept["mlp_hidden_size"] = values["mlp_ratio"] * values["d_model"]
+        try:
+            return cls(**kept)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{source}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The published `config.json`, fixed keys included, which `from_dict` reads back."""
+        head = {"architectures": ["LLaDAModelLM"], "model_type": "llada"}
+        return {**head, **_FIXED, **dataclasses.asdict(self)}
+
+
+class Block(nn.Module):
+    """One pre-norm layer: bidirectional attention, then the gated MLP."""
+
+    config: ModelConfig
+    dtype: Any
+    param_dtype: Any
+    attention: str
+
+    @nn.compact
+    def __call__(self, x, attention_mask, segment_ids, positions):
+        cfg = self.config
+
+        def linear(name, outputs, *axes):
+            return lambda x: Linear(
+                x.shape[-1], outputs, axes, cfg.init_std, self.dtype, self.param_dtype, name=name
+            )(x)
+
+        def norm(name):
+            return RMSNorm(cfg.rms_norm_eps, self.dtype, self.param_dtype, name=name)
+
+        def split(y, heads):
+            return constrain(y.reshape(*y.shape[:-1], heads, cfg.head_size), "act_heads", None)
+
+        kv_size = cfg.n_kv_heads * cfg.head_size
+        y = norm("attn_norm")(x)
+        q = split(linear("q_proj", cfg.d_model, "embed", "heads")(y), cfg.n_heads)
+        k = split(linear("k_proj", kv_size, "embed", "kv_heads")(y), cfg.n_kv_heads)
+        v = split(linear("v_proj", kv_size, "embed", "kv_heads")(y), cfg.n_kv_heads)
+        q, k = rotate(q, positions, cfg.rope_theta), rotate(k, positions, cfg.rope_theta)
+        y = attention_lib.attend(
+            q,
+            k,
+            v,
+            attention_mask=attention_mask,
+            segment_ids=segment_ids,
+            implementation=self.attention,
+        )
+        x = x + linear("attn_out", cfg.d_model, "heads", "embed")(y.reshape(x.shape))
+        x = constrain(x, "act_embed")
+
+        y = norm("ff_norm")(x)
+        gate = linear("ff_proj", cfg.mlp_hidden_size, "embed", "mlp")(y)
+        up = linear("up_proj", cfg.mlp_hidden_size, "embed", "mlp")(y)
+        y = constrain(nn.silu(gate) * up, "act_mlp")
+        x = x + linear("ff_out", cfg.d_model, "mlp", "embed")(y)
+        return constrain(x, "act_embed"), None
+
+
+class LLaDA(nn.Module):
+    """A bidirectional transformer that predicts every token of a partly masked text (spec: Model).
+
+    `dtype` is the type of activations, `param_dtype` that of new parameters; `remat` one of `REMAT`;
+    `logps_chunk` the entries of the vocabulary whose logits `token_logps` holds at a time; `unroll` how many layers are
+    compiled one by one in the loop over layers (all of a small model's: faster; 1: the quickest to compile).
+    """
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    remat: str = "none"
+    attention: str = "auto"
+    logps_chunk: int = 8192
+    unroll: int = 1
+
+    def setup(self):
+        cfg = self.config
+        if self.remat not in REMAT:
+            raise ValueError(f"remat={self.remat!r} is not one of {', '.join(REMAT)}")
+        self.wte = nn.Embed(
+            cfg.embedding_size,
+            cfg.d_model,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            embedding_init=nn.with_logical_partitioning(
+                nn.initializers.normal(cfg.init_std), ("vocab", "embed")
+            ),
+        )
+        block = Block
+        if self.remat != "none":
+            # Inside nn.scan the loop itself prevents the merging that prevent_cse guards against.
+            block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=self.unroll > 1)
+        self.blocks = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=cfg.n_layers,
+            unroll=self.unroll,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(cfg, self.dtype, self.param_dtype, self.attention)
+        self.ln_f = RMSNorm(cfg.rms_norm_eps, self.dtype, self.param_dtype)
+        if not cfg.weight_tying:
+            axes = ("embed", "vocab")
+            self.ff_out = Linear(
+                cfg.d_model, cfg.embedding_size, axes, cfg.init_std, self.dtype, self.param_dtype
+            )
+
+    def _hidden(self, tokens, attention_mask, segment_ids, positions):
+        """Tokens [b, l] to the normed output [b, l, d] of the last layer."""
+        if positions is None:
+            positions = jnp.broadcast_to(
+                jnp.arange(tokens.shape[-1], dtype=jnp.int32), tokens.shape
+            )
+        if attention_mask is not None:
+            attention_mask = attention_mask.astype(bool)
+        x = constrain(self.wte(tokens), "act_embed")
+        x, _ = self.blocks(x, attention_mask, segment_ids, positions)
+        return self.ln_f(x)
+
+    def _head(self) -> Float[Array, "d v"]:
+        return self.wte.embedding.T if self.config.weight_tying else self.ff_out.kernel
+
+    def __call__(
+        self,
+        tokens: Int[Array, "*b l"],
+        attention_mask: Int[Array, "..."] | Bool[Array, "..."] | None = None,
+        segment_ids: Int[Array, "..."] | None = None,
+        positions: Int[Array, "..."] | None = None,
+    ) -> Float32[Array, "*b l v"]:
+        """Logits of every position.
+
+        A key is attended to where `attention_mask` is not 0 and its segment is the query's. `positions` default to
+        0, 1, ... along the row. All three broadcast to the shape of `tokens`.
+        """
+
+        def rows(x):
+            return (
+                None
+                if x is None
+                else jnp.broadcast_to(x, tokens.shape).reshape(-1, tokens.shape[-1])
+            )
+
+        hidden = self._hidden(*(rows(x) for x in (tokens, attention_mask, segment_ids, positions)))
+        logits = head_logits(hidden, self._head())
+        return logits.reshape(*tokens.shape, -1)
+
+    def token_logps(
+        self,
+        tokens: Int[Array, "b l"],
+        targets: Int[Array, "b l"],
+        segment_ids: Int[Array, "b l"] | None = None,
+        positions: Int[Array, "b l"] | None = None,
+    ) -> Float32[Array, "b l"]:
+        """Log-probability, in nats, of each target at its position, from `logps_chunk` logits a position at a time."""
+        hidden = self._hidden(tokens, None, segment_ids, positions)
+        return chunked_logps(hidden, self._head(), targets, self.logps_chunk)
+
+
+def num_params(config: ModelConfig) -> dict[str, int]:
+    """Number of parameters: "embedding" (with the head) and "layers" (with the last norm)."""
+    c = config
+    attention = 2 * c.d_model * c.d_model + 2 * c.d_model * c.n_kv_heads * c.head_size
+    layer = attention + 3 * c.d_model * c.mlp_hidden_size + 2 * c.d_model
+    embedding = c.embedding_size * c.d_model * (1 if c.weight_tying else 2)
+    return {"embedding": embedding, "layers": c.n_layers * layer + c.d_model}
+
+
+def flops_per_token(config: ModelConfig, length: int) -> int:
+    """Floating-point operations of one forward pass for each token of a row of `length`, attention and head included.
+
+    Two for each weight that multiplies (all but the embedding and the norms), and 4 length d_model a layer for
+    scores and mixing; a backward pass costs twice as much (51.4 GFLOP in all for LLaDA 8B at 4096).
+    """
+    c = config
+    weights = (
+        num_params(c)["layers"] - (2 * c.n_layers + 1) * c.d_model + c.embedding_size * c.d_model
+    )
+    return 2 * weights + 4 * length * c.d_model * c.n_layers
+
+
+_BLOCK = "model.transformer.blocks.{i}."
+_LINEAR = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out")
+ROWS = (
+    Row("wte/embedding", "model.transformer.wte.weight", False),
+    Row("blocks/attn_norm/scale", _BLOCK + "attn_norm.weight", False),
+    Row("blocks/ff_norm/scale", _BLOCK + "ff_norm.weight", False),
+    *(Row(f"blocks/{name}/kernel", f"{_BLOCK}{name}.weight", True) for name in _LINEAR),
+    Row("ln_f/scale", "model.transformer.ln_f.weight", False),
+    Row("ff_out/kernel", "model.transformer.ff_out.weight", True),
+)

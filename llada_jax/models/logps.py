@@ -1,0 +1,75 @@
+"""Log-probabilities of target tokens, a part of the vocabulary at a time."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
+
+from llada_jax.models.layers import cast, precision
+
+
+def head_logits(hidden: Float[Array, "*b d"], head: Float[Array, "d v"]) -> Float32[Array, "*b v"]:
+    head = cast(head, hidden.dtype)
+    return jnp.matmul(
+        hidden, head, precision=precision(hidden.dtype), preferred_element_type=jnp.float32
+    )
+
+
+def chunked_logps(
+    hidden: Float[Array, "b l d"], head: Float[Array, "d v"], targets: Int[Array, "b l"], chunk: int
+) -> Float32[Array, "b l"]:
+    """log softmax(hidden @ head)[target], holding the logits of `chunk` entries of the vocabulary at a time.
+
+    The loop is over the vocabulary, not over positions, so that of a sharded head and of its gradient a device holds
+    one chunk whole at a time too. The backward pass computes each chunk's logits again.
+    """
+    vocabulary = head.shape[1]
+    # Where the vocabulary is sharded, a chunk takes an equal part of every shard.
+    shards = _shards("vocab")
+    shard, part = vocabulary // shards, -(-min(chunk, vocabulary) // shards)
+    chunks = -(-shard // part)
+    wide = hidden.astype(
+        jnp.float32
+    )  # closed over as such, so that the chunks' gradients add up in float32
+
+    def logits_of(head, first):
+        """Logits of one chunk, -inf beyond a shard's end, and the target's where it is in the chunk."""
+        logits = head_logits(wide.astype(hidden.dtype), head)
+        place = first + jnp.tile(jnp.arange(part, dtype=targets.dtype), shards)
+        entries = place + jnp.repeat(jnp.arange(shards, dtype=targets.dtype) * shard, part)
+        logits = jnp.where(place < shard, logits, -jnp.inf) if shard % part else logits
+        # A comparison instead of a gather: it fuses, and its transpose is no scatter.
+        is_target = (entries == targets[..., None]) & (place < shard)
+        return logits, jnp.sum(jnp.where(is_target, logits, 0), -1)
+
+    if chunks == 1:
+        logits, target = jax.checkpoint(logits_of)(head, 0)
+        return target - jax.nn.logsumexp(logits, -1)
+
+    @jax.checkpoint
+    def add(carry, xs):
+        target, largest, total = carry
+        head, first = xs
+        logits, found = logits_of(head.reshape(head.shape[0], -1), first)
+        new = jax.lax.stop_gradient(jnp.maximum(largest, logits.max(-1)))
+        total = total * jnp.exp(largest - new) + jnp.exp(logits - new[..., None]).sum(-1)
+        return (target + found, new, total), None
+
+    head = jnp.pad(head.reshape(-1, shards, shard), ((0, 0), (0, 0), (0, chunks * part - shard)))
+    head = jnp.moveaxis(head.reshape(-1, shards, chunks, part), 2, 0)
+    head = nn.with_logical_constraint(head, (None, "embed", "vocab", None))
+    zeros = jnp.zeros(targets.shape, jnp.float32)
+    start = (zeros, jnp.full_like(zeros, -jnp.inf), zeros)
+    (target, largest, total), _ = jax.lax.scan(
+        add, start, (head, jnp.arange(chunks, dtype=targets.dtype) * part)
+    )
+    return target - (largest + jnp.log(total))
+
+
+def _shards(axis: str) -> int:
+    """In how many parts the mesh in use splits a logical axis; 1 without a mesh."""
+    names = nn.logical_to_mesh_axes((axis,))[0] if nn.get_logical_axis_rules() else None
+    names = (names,) if isinstance(names, str) else names or ()
+    return math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in names)

@@ -1,0 +1,86 @@
+"""Scheme: one entry of each table, and which entries may go together."""
+
+import dataclasses
+
+import numpy as np
+
+from llada_jax.noise.masks import MASKS
+from llada_jax.noise.times import TIMES
+from llada_jax.noise.weights import WEIGHTS
+
+SHARED = ("nothing", "times", "masks")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """How the Monte Carlo budget of n_t x n_yt draws is spent (equation 6).
+
+    `eps` is for Bernoulli masks only, and biased above 0; `pseudo_count` for leave_one_out (how much its control
+    variates shrink) and balanced (how much its weights stay the plain ones).
+    `share_in_pair`: what a winner's draws (segment 2k + 1) have in common with its loser's (2k + 2): "nothing" as in
+    the paper, "times", or times and "masks", which are then alike token by token from the start of the responses.
+    """
+
+    n_t: int = 8
+    n_yt: int = 1
+    times: str = "iid"
+    masks: str = "exact"
+    weights: str = "plain"
+    eps: float = 0.0
+    pseudo_count: float = 0.0
+    share_in_pair: str = "nothing"
+
+    def __post_init__(self):
+        for name, known in (
+            ("times", TIMES),
+            ("masks", MASKS),
+            ("weights", WEIGHTS),
+            ("share_in_pair", SHARED),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
+        if self.n_t < 1 or self.n_yt < 1:
+            raise ValueError(f"n_t={self.n_t}, n_yt={self.n_yt}: both must be at least 1")
+        times, masks, weights = TIMES[self.times], MASKS[self.masks], WEIGHTS[self.weights]
+        if not 0 <= self.eps < 1 or (self.eps and masks.by_count):
+            raise ValueError(
+                f"eps={self.eps}, masks={self.masks!r}: eps is in [0, 1), and 0 for masks by count"
+            )
+        if times.by_count and not masks.by_count:
+            raise ValueError(
+                f"times={self.times!r} are counts of masked tokens: use masks by count, not {self.masks}"
+            )
+        if self.pseudo_count < 0 or (self.pseudo_count and weights.pseudo_count == "unused"):
+            takes = ", ".join(
+                name for name, each in WEIGHTS.items() if each.pseudo_count != "unused"
+            )
+            raise ValueError(
+                f"pseudo_count={self.pseudo_count}, weights={self.weights!r}: pseudo_count is at least 0, and 0 but "
+                f"for weights {takes}"
+            )
+        if weights.pseudo_count == "required" and not self.pseudo_count:
+            raise ValueError(f"weights={self.weights!r} needs pseudo_count above 0, for example 1")
+        if weights.divides and times.signed:
+            raise ValueError(
+                f"weights={self.weights!r} divides by ratios, which may be 0 for times={self.times!r}: use other times"
+            )
+        if weights.independent and not self._independent().any():
+            raise ValueError(
+                f"weights={self.weights!r} needs independent draws; n_t={self.n_t} times with masks={self.masks!r} "
+                "have none: use more times, or other masks"
+            )
+
+    @property
+    def n(self) -> int:
+        return self.n_t * self.n_yt
+
+    @property
+    def biased(self) -> bool:
+        """Whether the estimate's expectation may differ from the ELBO."""
+        return TIMES[self.times].biased or WEIGHTS[self.weights].biased or self.eps > 0
+
+    def _independent(self) -> np.ndarray:
+        """[n, n]: 1 where two draws have other times, and masks that are independent given those."""
+        draw = np.arange(self.n)
+        block, time = draw // (MASKS[self.masks].block or self.n), draw // self.n_yt
+        return ((block[:, None] != block) & (time[:, None] != time)).astype(np.float32)

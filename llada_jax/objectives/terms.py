@@ -1,0 +1,74 @@
+"""ELBO terms of a packed batch under a model."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float32
+
+from llada_jax import elbo, noise
+from llada_jax.batch import Batch
+from llada_jax.models.llada import LLaDA
+
+Metrics = dict[str, Array]
+
+
+def model_terms(
+    model: LLaDA,
+    params: Any,
+    batch: Batch,
+    drawn: noise.Noise,
+    *,
+    num_segments: int,
+    chunk: int = 0,
+) -> Float32[Array, "n r s"]:
+    """The ELBO terms of every draw and segment of a batch under `params`."""
+
+    def logps(params, *arrays):
+        return model.apply({"params": params}, *arrays, method="token_logps")
+
+    def draws_as_rows(count, batched, params, *arrays):
+        if any(jax.tree.leaves(batched[0])):
+            raise NotImplementedError("model_terms under a vmap over parameters: use jax.lax.map")
+        # The vmapped draws of a row become neighbouring rows: one product has one axis of positions, where XLA's CPU
+        # backend would transpose for the gradient of two. Rows stay outermost, as they are sharded.
+        arrays = [
+            jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
+            if by_draw
+            else jnp.repeat(x, count, axis=0)
+            for x, by_draw in zip(arrays, batched[1:], strict=True)
+        ]
+        found = logps(params, *arrays)
+        return jnp.swapaxes(found.reshape(-1, count, *found.shape[1:]), 0, 1), True
+
+    vmapped = jax.custom_batching.custom_vmap(logps)
+    vmapped.def_vmap(draws_as_rows)
+
+    def logps_fn(tokens, targets):
+        return vmapped(params, tokens, targets, batch.segment_ids, batch.positions)
+
+    return elbo.packed_terms(
+        logps_fn,
+        drawn,
+        batch.tokens,
+        batch.segment_ids,
+        num_segments=num_segments,
+        mask_id=model.config.mask_token_id,
+        chunk=chunk,
+    )
+
+
+def draw(
+    batch: Batch, scheme: noise.Scheme, *, seed: int, stream: str, num_segments: int
+) -> noise.Noise:
+    """The noise of a batch: a function of seed, stream, row, epoch and draw alone."""
+    keys = noise.row_keys(noise.stream_key(seed, stream), batch.row_ids, batch.epochs)
+    return noise.draw_rows(
+        keys, batch.response_mask, batch.segment_ids, num_segments=num_segments, scheme=scheme
+    )
+
+
+def segment_lengths(batch: Batch, num_segments: int) -> Float32[Array, "r s"]:
+    """Response tokens of each segment."""
+    of_segment = batch.segment_ids[..., None] == jnp.arange(1, num_segments + 1)
+    return jnp.sum(of_segment & batch.response_mask[..., None], axis=1).astype(jnp.float32)

@@ -1,0 +1,91 @@
+"""Meshes, the one table of logical axis rules, and shardings."""
+
+import contextlib
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+
+# Logical axis of a parameter or an activation -> mesh axes. The only place where the two meet.
+RULES = (
+    ("act_rows", ("data", "fsdp")),
+    ("act_length", None),
+    ("act_embed", None),
+    ("act_heads", "tensor"),
+    ("act_mlp", "tensor"),
+    ("layers", None),
+    ("norm", None),
+    ("embed", "fsdp"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("mlp", "tensor"),
+    ("vocab", "tensor"),
+)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+    """A mesh of all devices (or of `devices`); one size may be -1, which takes what is left.
+
+    Over several TPU slices, or GPU nodes where it divides by them, `data` crosses the network between them. Raises
+    ValueError where the sizes do not multiply to the number of devices, or where `data` does not divide by the slices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [data, fsdp, tensor]
+    asked = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise ValueError(
+            f"mesh sizes {asked}: each is at least 1, and at most one is -1 (what is left)"
+        )
+    known = int(np.prod([size for size in sizes if size != -1]))
+    if -1 in sizes and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if int(np.prod(sizes)) != len(devices):
+        raise ValueError(
+            f"mesh sizes {asked} do not fit {len(devices)} devices: change config.mesh"
+        )
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if sizes[0] % slices and devices[0].platform != "tpu":
+        slices = 1  # GPU nodes are slices too, but any axis may cross their network
+    if sizes[0] % slices:
+        raise ValueError(
+            f"mesh.data={sizes[0]} is no multiple of the {slices} slices that it has to cross: change it"
+        )
+    # Auto axes: linen's logical partitioning fails under the Explicit axes that make_mesh gives by default.
+    types = (AxisType.Auto,) * 3
+    if slices > 1:
+        within, across = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1)
+        return Mesh(
+            mesh_utils.create_hybrid_device_mesh(within, across, devices), AXES, axis_types=types
+        )
+    return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+
+
+def row_shards(mesh: Mesh) -> int:
+    """In how many parts the rows of a batch are split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def rows(mesh: Mesh) -> NamedSharding:
+    """The sharding of a batch: its rows over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def shardings(mesh: Mesh, boxed):
+    """NamedShardings of a tree of (boxed) abstract parameters, or of anything that holds such, by RULES."""
+    specs = nn.get_partition_spec(boxed)
+    return nn.logical_to_mesh_sharding(specs, mesh, RULES)
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh):
+    """Under it, the model's logical constraints mean this mesh."""
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(RULES):
+        yield

@@ -1,0 +1,33 @@
+"""The sampler's settings as flags of a command."""
+
+import argparse
+
+from llada_jax.sampling.sampler import REMASKING
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds one flag for each setting of the sampler; `settings_of` reads them back."""
+    parser.add_argument(
+        "--steps", type=int, default=128, help="denoising steps for the whole response"
+    )
+    parser.add_argument("--gen_length", type=int, default=128, help="tokens of the response")
+    parser.add_argument(
+        "--block_length", type=int, default=32, help="tokens unmasked together, from left to right"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="Gumbel noise; 0 takes the best token"
+    )
+    parser.add_argument(
+        "--cfg_scale", type=float, default=0.0, help="classifier-free guidance; 0 for none"
+    )
+    parser.add_argument("--remasking", choices=REMASKING, default="low_confidence")
+    parser.add_argument("--logits_eos_inf", action="store_true", help="never sample EOS")
+    parser.add_argument(
+        "--confidence_eos_eot_inf", action="store_true", help="commit EOS and EoT last"
+    )
+
+
+def settings_of(args: argparse.Namespace) -> dict:
+    """Keyword arguments for `generate` from the flags of `add_flags`."""
+    names = "steps gen_length block_length temperature cfg_scale remasking logits_eos_inf confidence_eos_eot_inf"
+    return {name: getattr(args, name) for name in names.split()}

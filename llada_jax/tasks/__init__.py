@@ -1,0 +1,1 @@
+"""What a model is tested on, one task a file."""

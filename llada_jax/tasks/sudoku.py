@@ -1,0 +1,184 @@
+"""4x4 Sudoku, the embedded task: unique-solution puzzles without end, and a verifier by rules.
+
+A puzzle is one line of 16 digits, row by row, 0 for an empty cell; its solution is a line of 16 digits 1 to 4, each
+once in every row, column and 2x2 box. As a data source: `python:llada_jax.sudoku:records?count=20000&seed=0`.
+
+    python -m llada_jax.sudoku --count=20000 --seed=0 --split=train --out=sudoku.jsonl
+"""
+
+import argparse
+import functools
+import gzip
+import itertools
+import json
+import sys
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+from etils import epath
+
+SPLITS = ("train", "heldout")
+_ROWS = np.arange(16).reshape(4, 4)
+_BOXES = _ROWS.reshape(2, 2, 2, 2).swapaxes(1, 2).reshape(4, 4)
+UNITS = np.concatenate(
+    [_ROWS, _ROWS.T, _BOXES]
+)  # the 12 groups of 4 cells that hold 1 to 4 once each
+FEWEST_CLUES = 4  # no 4x4 puzzle with fewer has a unique solution
+_HELDOUT_SHARE = 8  # one puzzle in so many is held out
+_CANDIDATES = 4096  # puzzles tried at once
+_BARREN_BATCHES = 50  # so many batches without a new puzzle: there are no more
+
+
+@functools.cache
+def grids() -> np.ndarray:
+    """All 288 complete grids, `[288, 16]` int8 in lexicographic order."""
+    rows = list(itertools.permutations((1, 2, 3, 4)))
+    # Two rows fill two boxes when their left halves are disjoint; of pairs of such bands keep those with valid columns.
+    bands = np.array([a + b for a in rows for b in rows if not set(a[:2]) & set(b[:2])], np.int8)
+    both = np.concatenate(
+        [np.repeat(bands, len(bands), 0), np.tile(bands, (len(bands), 1))], axis=1
+    )
+    return both[(np.sort(both[:, UNITS], axis=-1) == [1, 2, 3, 4]).all((1, 2))]
+
+
+@functools.cache
+def _agreement() -> np.ndarray:
+    """Bit c of entry [g, h] says that grids g and h have the same digit in cell c; `[288, 288]` uint16."""
+    same = grids()[:, None] == grids()[None]
+    return (same * (1 << np.arange(16))).sum(-1).astype(np.uint16)
+
+
+def _clues(puzzle: object) -> np.ndarray:
+    """The 16 cells of a puzzle as digits, 0 where empty; ValueError for anything that is not a puzzle in one line."""
+    text = puzzle.strip().replace(".", "0") if isinstance(puzzle, str) else ""
+    if len(text) != 16 or set(text) - set("01234"):
+        raise ValueError(
+            f"not a 4x4 Sudoku puzzle: {puzzle!r}; write 16 digits 0 to 4 in one line, 0 or . for empty"
+        )
+    return np.array([int(c) for c in text])
+
+
+def count_solutions(puzzle: str) -> int:
+    """How many complete grids agree with the puzzle's clues; ValueError if it is no puzzle."""
+    clues = _clues(puzzle)
+    return int(((grids() == clues) | (clues == 0)).all(1).sum())
+
+
+def split_of(puzzle: str) -> str:
+    """The split a puzzle belongs to, "train" or "heldout", by a stable hash, so that no seed mixes them."""
+    return SPLITS[zlib.crc32(puzzle.encode()) % _HELDOUT_SHARE == 0]
+
+
+def _puzzles(seed: int, clues: int, split: str) -> Iterator[dict]:
+    """Distinct records with so many clues, in random order, until (practically) all have been seen."""
+    rng = np.random.default_rng((seed, clues))
+    seen, barren = set(), 0
+    while barren < _BARREN_BATCHES:
+        solution = rng.integers(len(grids()), size=_CANDIDATES)
+        shown = (
+            rng.random((_CANDIDATES, 16)).argsort(axis=1) < clues
+        )  # a random permutation's `clues` smallest
+        bits = (shown * (1 << np.arange(16))).sum(-1).astype(np.uint16)[:, None]
+        unique = ((_agreement()[solution] & bits) == bits).sum(
+            1
+        ) == 1  # only the solution agrees on all clues
+        barren += 1
+        for grid, show in zip(grids()[solution[unique]], shown[unique], strict=True):
+            prompt = "".join(map(str, grid * show))
+            if prompt not in seen and split_of(prompt) == split:
+                seen.add(prompt)
+                barren = 0
+                yield {"prompt": prompt, "response": "".join(map(str, grid))}
+
+
+def records(
+    count: int, seed: int = 0, split: str = "train", clues_min: int = 4, clues_max: int = 8
+) -> Iterator[dict[str, str]]:
+    """Distinct puzzles with a unique solution, `{"prompt", "response"}`, 16 digits each, the same for the same seed.
+
+    Clue counts are spread evenly over clues_min to clues_max (both included; fewer clues are harder) as long as
+    puzzles of each last. "train" and "heldout" (one puzzle in eight) share no puzzle, whatever the seeds. A smaller
+    count gives the beginning of a larger one. ValueError for a bad argument, or when there are no more puzzles.
+    """
+    for name, value, least in (
+        ("count", count, 1),
+        ("seed", seed, 0),
+        ("clues_min", clues_min, FEWEST_CLUES),
+    ):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(
+                f"{name}={value!r}: the Sudoku generator needs an integer of at least {least}"
+            )
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r}: Sudoku has the splits {', '.join(SPLITS)}")
+    if not FEWEST_CLUES <= clues_min <= clues_max <= 16:
+        raise ValueError(
+            f"clues_min={clues_min!r}, clues_max={clues_max!r}: needs {FEWEST_CLUES} <= clues_min <= clues_max <= 16, "
+            f"since no puzzle with fewer than {FEWEST_CLUES} clues has a unique solution"
+        )
+    return _draw(count, seed, split, list(range(clues_min, clues_max + 1)))
+
+
+def _draw(count: int, seed: int, split: str, clues: list[int]) -> Iterator[dict[str, str]]:
+    rng = np.random.default_rng(seed)
+    asked = f"count={count}, split={split}, {clues[0]} to {clues[-1]} clues"
+    sources = [_puzzles(seed, n, split) for n in clues]
+    given = 0
+    while given < count:
+        if not sources:
+            raise ValueError(
+                f"{asked}: only {given} such Sudoku puzzles found; lower count or widen the clues"
+            )
+        source = sources[rng.integers(len(sources))]
+        record = next(source, None)
+        if record is None:
+            sources.remove(source)
+        else:
+            given += 1
+            yield record
+
+
+def score(record: dict, response: str) -> float:
+    """1.0 if the response is a valid completion of the puzzle `record["prompt"]`, else 0.0; judged by the rules alone.
+
+    White space around the response is ignored. ValueError if the prompt is no puzzle.
+    """
+    clues = _clues(record.get("prompt"))
+    text = response.strip()
+    if len(text) != 16 or set(text) - set("1234"):
+        return 0.0
+    cells = np.array([int(c) for c in text])
+    keeps_clues = ((cells == clues) | (clues == 0)).all()
+    return float(keeps_clues and (np.sort(cells[UNITS], axis=1) == [1, 2, 3, 4]).all())
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m llada_jax.sudoku",
+        description="Writes 4x4 Sudoku puzzles with their solutions as JSON lines.",
+    )
+    parser.add_argument("--count", type=int, default=20000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--split", choices=SPLITS, default="train", help="heldout is one puzzle in eight"
+    )
+    parser.add_argument("--clues_min", type=int, default=4, help="fewest given digits")
+    parser.add_argument("--clues_max", type=int, default=8, help="most given digits")
+    parser.add_argument("--out", required=True, help="FILE.jsonl or FILE.jsonl.gz")
+    args = parser.parse_args(argv)
+    try:
+        found = records(args.count, args.seed, args.split, args.clues_min, args.clues_max)
+        lines = "".join(json.dumps(record) + "\n" for record in found).encode()
+    except ValueError as e:
+        sys.exit(f"error: {e}")
+    out = epath.Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(out.name + ".partial")
+    partial.write_bytes(gzip.compress(lines, mtime=0) if out.suffix == ".gz" else lines)
+    partial.replace(out)
+    print(f"{args.count} puzzles ({args.split}, seed {args.seed}) in {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Learning-rate schedule, weight-decay mask, optimiser."""
+
+import jax
+import optax
+
+SCHEDULES = ("cosine", "constant")
+
+
+def make_schedule(
+    *,
+    peak: float,
+    warmup_steps: int,
+    num_steps: int,
+    end_fraction: float = 0.0,
+    kind: str = "cosine",
+) -> optax.Schedule:
+    """Linear warm-up from 0 to `peak` in `warmup_steps`, then down to `end_fraction * peak` at `num_steps`.
+
+    "cosine" goes down at once (LLaDA 1.5); "constant" stays at the peak and goes down linearly in the last tenth of the
+    steps (LLaDA's SFT). Raises ValueError where the warm-up does not fit.
+    """
+    if kind not in SCHEDULES:
+        raise ValueError(f"schedule={kind!r} is not one of {', '.join(SCHEDULES)}")
+    if not 0 <= warmup_steps < num_steps:
+        raise ValueError(
+            f"warmup_steps={warmup_steps} must be at least 0 and below the {num_steps} steps of the run"
+        )
+    if kind == "cosine":
+        return optax.warmup_cosine_decay_schedule(
+            0.0, peak, warmup_steps, num_steps, end_fraction * peak
+        )
+    decay_steps = min(max(num_steps // 10, 1), num_steps - warmup_steps)
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, peak, warmup_steps),
+            optax.constant_schedule(peak),
+            optax.linear_schedule(peak, end_fraction * peak, decay_steps),
+        ],
+        [warmup_steps, num_steps - decay_steps],
+    )
+
+
+def decay_mask(params):
+    """True where weight decay applies: on every matrix, not on the scales of the norms."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: not any(getattr(part, "key", None) == "scale" for part in path), params
+    )
+
+
+def make_optimizer(
+    schedule: optax.Schedule,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    clip_norm: float = 1.0,
+) -> optax.GradientTransformation:
+    """AdamW after clipping the global gradient norm (`clip_norm` 0: no clipping)."""
+    clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
+    return optax.chain(
+        clip, optax.adamw(schedule, b1, b2, eps, weight_decay=weight_decay, mask=decay_mask)
+    )

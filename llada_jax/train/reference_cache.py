@@ -1,0 +1,127 @@
+"""The cached reference policy: its terms, computed once with the masks that training will draw, stored by row.
+
+Noise is a function of seed, stream, row and epoch, so the masks of every future step are known now. A training that
+reads the terms from here holds no reference parameters and takes the same steps to the last bit of the masks.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from llada_jax.batch import Batch
+
+
+class ReferenceCache:
+    """Terms of the reference policy [n, s] for each row and epoch of one dataset, in files under `directory`.
+
+    `identity` is everything the terms depend on (fingerprints of reference and data, noise settings, model compute
+    settings): another identity has other files, so stale terms are never met.
+    """
+
+    def __init__(
+        self,
+        directory: epath.PathLike,
+        identity: dict,
+        *,
+        num_rows: int,
+        epochs: int,
+        n: int,
+        segments: int,
+    ):
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
+        self._directory = epath.Path(directory) / digest
+        self._identity = identity
+        self._epochs = epochs
+        self._terms = np.full((epochs, num_rows, n, segments), np.nan, np.float32)
+
+    def fill(
+        self,
+        terms_of: Callable[[Batch], tuple[np.ndarray, np.ndarray]],
+        batches_of: Callable[[int, int], Iterable[Batch]],
+        *,
+        batch_rows: int,
+        progress: Callable[[int, int], object] | None = None,
+        block: int = 64,
+    ):
+        """Computes what is not on disk yet, `block` batches a file, so that an interrupted run continues.
+
+        `batches_of(epoch, start)` yields this host's share of the dataset's padded batches in order from row `start`;
+        `terms_of(batch)` gives the row_ids [r] and terms [r, n, s] of the whole batch, all hosts' rows in any order.
+        `progress(rows done, rows in all)` is called after each batch. Every host gets all terms; the first one reads
+        and writes the files.
+        """
+        num_rows = self._terms.shape[1]
+        is_first = jax.process_index() == 0
+        if is_first:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            (self._directory / "identity.json").write_text(json.dumps(self._identity, indent=1))
+        for epoch in range(self._epochs):
+            for start in range(0, num_rows, block * batch_rows):
+                stop = min(start + block * batch_rows, num_rows)
+                path = self._directory / f"epoch{epoch:04d}_row{start:09d}.npy"
+                part = self._terms[epoch, start:stop]
+                known = _of_first_host(_read(path, part.shape) if is_first else None, part.shape)
+                if known is not None:
+                    part[:] = known
+                else:
+                    for first, batch in zip(
+                        range(start, stop, batch_rows), batches_of(epoch, start), strict=False
+                    ):
+                        row_ids, terms = terms_of(batch)
+                        part[row_ids[row_ids >= 0] - start] = terms[row_ids >= 0]
+                        if progress:
+                            progress(
+                                epoch * num_rows + min(first + batch_rows, stop),
+                                self._epochs * num_rows,
+                            )
+                    if is_first:
+                        _write(path, part)
+
+    def __getitem__(self, batch: Batch) -> np.ndarray:
+        """The terms [r, n, s] of a batch; 0 for rows of padding. ValueError for a row that was never computed."""
+        known = batch.row_ids >= 0
+        terms = np.zeros((len(known), *self._terms.shape[2:]), np.float32)
+        try:
+            terms[known] = self._terms[batch.epochs[known], batch.row_ids[known]]
+        except IndexError:
+            terms[known] = np.nan
+        if np.isnan(terms).any():
+            raise ValueError(
+                f"rows {batch.row_ids.tolist()} of epochs {batch.epochs.tolist()} are not in the cache"
+            )
+        return terms
+
+
+def _of_first_host(known: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray | None:
+    """What the first host read, on every host."""
+    if jax.process_count() == 1:
+        return known
+    if not multihost_utils.broadcast_one_to_all(np.asarray(known is not None)):
+        return None
+    return multihost_utils.broadcast_one_to_all(
+        np.zeros(shape, np.float32) if known is None else known
+    )
+
+
+def _read(path: epath.Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """A whole file of finite terms, or None: what is torn or of another shape is computed again."""
+    if not path.exists():
+        return None
+    with path.open("rb") as f:
+        try:
+            terms = np.load(f)
+        except (ValueError, EOFError, OSError):
+            return None
+    return terms if terms.shape == shape and np.isfinite(terms).all() else None
+
+
+def _write(path: epath.Path, terms: np.ndarray):
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as f:
+        np.save(f, terms)
+    temporary.replace(path)

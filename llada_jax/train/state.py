@@ -1,0 +1,60 @@
+"""TrainState and its sharded initialisation."""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Int, Key
+
+from llada_jax.models.llada import LLaDA
+from llada_jax.parallel import mesh as mesh_lib
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a step changes and a checkpoint keeps."""
+
+    step: Int[Array, ""] | Any
+    params: Any
+    opt_state: Any
+
+
+def _create(model: LLaDA, tx: optax.GradientTransformation):
+    model = model.clone(
+        attention="xla"
+    )  # two tokens are enough to make the parameters, too few for a kernel
+
+    def create(key):
+        params = model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+
+    return create
+
+
+def abstract_state(model: LLaDA, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, types and shardings of the state, without an array: what restoring and compiling need."""
+    create, key = _create(model, tx), jax.random.key(0)
+    shardings = mesh_lib.shardings(mesh, jax.eval_shape(create, key))
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(lambda k: nn.unbox(create(k)), key),
+        shardings,
+    )
+
+
+def init_state(
+    model: LLaDA, tx: optax.GradientTransformation, mesh: Mesh, key: Key[Array, ""], params=None
+):
+    """A new state, each parameter made where it will live; `params` (host or device arrays) replace random ones."""
+    abstract = abstract_state(model, tx, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    if params is None:
+        return jax.jit(lambda k: nn.unbox(_create(model, tx)(k)), out_shardings=shardings)(key)
+    params = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), params, abstract.params)
+    return jax.jit(
+        lambda p: TrainState(jnp.zeros((), jnp.int32), p, tx.init(p)), out_shardings=shardings
+    )(params)

@@ -1,0 +1,63 @@
+"""The variance of the scores of held-out pairs, during training."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llada_jax.batch import Batch
+from llada_jax.metrics import Mean
+from llada_jax.models.llada import LLaDA
+from llada_jax.objectives import terms as terms_lib
+from llada_jax.objectives.preference import Preference
+from llada_jax.variance import decomposition
+from llada_jax.variance.problem import NESTED_EPOCH, Estimator, Problem
+
+
+def score_variance(
+    params: Any,
+    batch: Batch,
+    reference: Any,
+    *,
+    model: LLaDA,
+    settings: Preference,
+    num_segments: int,
+    repeats: int,
+    axis_name: str | None = None,
+) -> dict[str, Mean]:
+    """Means over the pairs of a batch of how much a score varies, without gradients; `reference`: its parameters.
+
+    "score_variance" is that of the scheme of `settings`, whichever it is, over independent repeats; "score_v_t" and
+    "score_v_yt" are Lemma 5's, of one iid draw of noise that is shared, by two samples at each of `repeats` >= 3 times.
+    """
+
+    def terms_fn(
+        params, batch, drawn
+    ):  # one draw at a time: the memory of training may be that of one
+        return terms_lib.model_terms(
+            model, params, batch, drawn, num_segments=num_segments, chunk=1
+        )
+
+    problem = Problem(
+        terms_fn, num_segments, settings.beta, settings.seed, parts=(), gradient=False
+    )
+    estimator = Estimator(settings.scheme, settings.share_noise)
+    is_pair = problem.is_pair(batch)
+
+    def repeat(epoch):
+        ratio = jnp.subtract(*problem.estimate(params, reference, batch, epoch, estimator)[1])
+        return settings.beta * (ratio[:, 0::2] - ratio[:, 1::2])
+
+    def time(epoch):
+        nothing = jnp.zeros(is_pair.shape)
+        terms = problem.nested(params, reference, batch, NESTED_EPOCH + epoch, nothing, n_yt=2)[0]
+        return settings.beta * (terms[0] - terms[1])
+
+    found = {"score_variance": jax.lax.map(repeat, jnp.arange(repeats)).var(0, ddof=1)}
+    split = decomposition.decompose(jax.lax.map(time, jnp.arange(repeats)))
+    # One draw of winner and loser each, independent: their variances add up.
+    found |= {
+        f"score_{name}": v[:, 0::2] + v[:, 1::2]
+        for name, v in (("v_t", split.v_t), ("v_yt", split.v_yt))
+    }
+    return {name: Mean.of(value, is_pair).over_devices(axis_name) for name, value in found.items()}

@@ -1,0 +1,284 @@
+"""Tables and plots of what `variance_run` measured."""
+
+import csv
+import json
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from llada_jax.variance import decomposition
+from llada_jax.variance import statistics as statistics_lib
+from llada_jax.variance.plots import plot
+from llada_jax.variance.problem import Estimator
+
+COST_OF_VALUE = 2  # forward passes of one draw: policy and reference
+COST_OF_GRADIENT = 4  # the policy's backward pass is two more
+
+
+def tabulate(
+    found: Sequence[dict],
+    estimators: Sequence[Estimator],
+    *,
+    parts: Sequence[str],
+    beta: float,
+    flops: float,
+) -> dict:
+    """The results of all batches as one dict of plain numbers: what table.json holds.
+
+    `found`: by batch, {"truth", "nested" and estimator names: arrays}; `flops`: of one forward pass of a pair.
+    Confidence intervals (2.5 %, 97.5 %) resample pairs, or, for gradients, batches.
+    """
+    kept = [batch["truth"]["is_pair"] for batch in found]
+
+    def by_pair(elbos, is_pair):  # [..., r, s] -> [..., q, 2]
+        return elbos.reshape(*elbos.shape[:-1], -1, 2)[..., is_pair, :]
+
+    truth = np.concatenate(
+        [
+            by_pair(batch["truth"]["elbos"].mean(0), pairs)
+            for batch, pairs in zip(found, kept, strict=True)
+        ],
+        axis=-2,
+    )
+    statistics, gradients = {}, {}
+    for e in estimators:
+        elbos = np.concatenate(
+            [
+                by_pair(batch[e.name]["elbos"], pairs)
+                for batch, pairs in zip(found, kept, strict=True)
+            ],
+            axis=-2,
+        )
+        statistics[e.name] = statistics_lib.pair_statistics(elbos, truth, beta)
+        if parts:
+            gradients[e.name] = {key: np.stack([batch[e.name][key] for batch in found]) for key in found[0][e.name]
+                                 if key != "elbos" and all(key in batch[e.name] for batch in found)}  # fmt: skip
+    pairs = truth.shape[-2]
+    repeats = len(found[0][estimators[0].name]["elbos"])
+    columns = {}
+    for e in estimators:
+        mine = statistics[e.name]
+        baseline = _vrpo(estimators, e.scheme.n)
+        column = {
+            "n_t": e.scheme.n_t,
+            "n_yt": e.scheme.n_yt,
+            "biased": e.scheme.biased,
+            "model calls": e.scheme.n,
+            "FLOPs a pair": e.scheme.n * flops * (COST_OF_GRADIENT if parts else COST_OF_VALUE),
+        }
+        for name in (
+            "score variance",
+            "score bias",
+            "loss variance",
+            "loss bias",
+            "policy ELBO variance",
+        ):
+            column[name] = _interval(_mean_of(mine[name]), pairs)
+        column["correlation"] = float(
+            mine["covariance"].sum()
+            / max(
+                np.sqrt(mine["policy ELBO variance"] * mine["reference ELBO variance"]).sum(), 1e-30
+            )
+        )
+        column["score variance by Eq. 9"] = float(mine["Eq. 9"].mean())
+        column["Theorem 1: loss error"] = float(mine["loss error"].mean())
+        column["Theorem 1: its bound"] = float(np.sqrt(mine["score variance"]).mean())
+        column["Theorem 1: bound of loss variance"] = float(4 * mine["score variance"].mean())
+        if baseline is not None:
+            # Variance x cost over that of VRPO; where VRPO was measured at another n only, its variance goes as 1 / n.
+            cost = e.scheme.n / baseline.scheme.n
+            for name in ("score variance", "policy ELBO variance"):
+                other = statistics[baseline.name][name]
+                if (
+                    other.mean() > 1e-9
+                ):  # a policy that is still its reference has rounding errors only
+                    column[f"{name} x cost / VRPO"] = _interval(
+                        _ratio_of(mine[name], other, cost), pairs
+                    )
+        for k, part in enumerate(parts):
+            traces = gradients[e.name]["trace"][:, k]
+            column[f"gradient variance: {part}"] = _interval(_mean_of(traces), len(found))
+            # |mean error|^2 holds the variance of the mean of the repeats and that of the truth as well.
+            noise = np.stack([batch["truth"]["variance"][k] for batch in found]) + traces / repeats
+            column[f"gradient bias^2: {part}"] = _interval(
+                _mean_of(gradients[e.name]["mean_error"][:, k] - noise), len(found)
+            )
+            column[f"gradient error: {part}"] = float(gradients[e.name]["error"][..., k].mean())
+            if "score trace" in gradients[e.name]:  # one pair a batch
+                column |= _of_one_pair(gradients[e.name], found, mine["score variance"], k, part)
+            if baseline is not None:
+                other = gradients[baseline.name]["trace"][:, k]
+                column[f"gradient variance: {part} x cost / VRPO"] = _interval(
+                    _ratio_of(traces, other, e.scheme.n / baseline.scheme.n), len(found)
+                )
+        columns[e.name] = column
+    return {
+        "columns": columns,
+        "decomposition": _decomposition(found, kept, estimators, columns, parts, beta),
+    }
+
+
+def _of_one_pair(gradients: dict, found, score_variance: np.ndarray, k: int, part: str) -> dict:
+    """Theorem 4, C being the largest norm of the pair's score gradient in any repeat or the truth; budget by pair."""
+    true = np.sqrt([batch["truth"]["score norm"][k] for batch in found])
+    largest = np.maximum(gradients["score gradient"][..., k].max(1), true)
+    error, trace = statistics_lib.theorem_4(
+        score_variance, np.maximum(gradients["score trace"][:, k], 0), largest
+    )
+    return {
+        f"Theorem 4: C: {part}": float(largest.mean()),
+        f"Theorem 4: bound of gradient error: {part}": float(error.mean()),
+        f"Theorem 4: bound of gradient variance: {part}": float(trace.mean()),
+        f"budget by pair / equal: {part}": _interval(
+            statistics_lib.neyman(gradients["trace"][:, k]), len(found)
+        ),
+    }
+
+
+def _vrpo(estimators: Sequence[Estimator], n: int) -> Estimator | None:
+    """The published estimator (n_t = n iid exact draws, plain, shared) at n, or at the largest n measured."""
+    plain = [e for e in estimators if e.share_noise and e.scheme == type(e.scheme)(e.scheme.n_t)]
+    return max(plain, key=lambda e: (e.scheme.n == n, e.scheme.n), default=None)
+
+
+def _mean_of(values: np.ndarray) -> Callable:
+    return lambda chosen: values[chosen].mean()
+
+
+def _ratio_of(values: np.ndarray, others: np.ndarray, cost: float) -> Callable:
+    return lambda chosen: cost * values[chosen].mean() / others[chosen].mean()
+
+
+def _interval(statistic: Callable, count: int) -> list[float]:
+    """[value, low, high]."""
+    return list(statistics_lib.bootstrap(statistic, count))
+
+
+def _decomposition(found, kept, estimators, columns, parts, beta: float) -> dict:
+    """V_t and V_yt of the policy's ELBO, of the score and of the gradient; predictions beside what was measured."""
+
+    def by_pair(values, is_pair):
+        return values.reshape(*values.shape[:-2], -1, 2)[..., is_pair.ravel(), :]
+
+    both = [(batch["nested"]["terms"], pairs) for batch, pairs in zip(found, kept, strict=True)]
+    policy = np.concatenate([by_pair(t[:, :, 0], p) for t, p in both], axis=-2)  # [t, y, q, 2]
+    ratio = np.concatenate([by_pair(t[:, :, 0] - t[:, :, 1], p) for t, p in both], axis=-2)
+    shares = np.concatenate(
+        [by_pair(b["nested"]["shares"], p) for b, p in zip(found, kept, strict=True)], axis=-2
+    )
+
+    out, times = {}, "best independent times / iid"
+    for name, terms, factor in (("policy ELBO", policy, 1.0), ("score", ratio, 2 * beta**2)):
+        split = decomposition.decompose(jnp.asarray(terms))
+        # Winner and loser draw independently: the score's variance is the sum of the two, 2 beta^2 x the mean.
+        v_t, v_yt = (factor * np.asarray(v).mean(-1) for v in (split.v_t, split.v_yt))
+        out[name] = {
+            "V_t": _interval(_mean_of(v_t), len(v_t)),
+            "V_yt": _interval(_mean_of(v_yt), len(v_yt)),
+        }
+        if (v_t + v_yt).mean() > 1e-9:
+            out[name][times] = _interval(
+                statistics_lib.best_times(terms**2, shares, (v_t + v_yt) / factor), len(v_t)
+            )
+    for k, part in enumerate(parts):
+        v_t, v_yt = (
+            np.stack([batch["nested"][name][k] for batch in found]) for name in ("v_t", "v_yt")
+        )
+        out[f"gradient: {part}"] = {"V_t": _interval(_mean_of(v_t), len(v_t)),
+                                    "V_yt": _interval(_mean_of(v_yt), len(v_yt))}  # fmt: skip
+        if all(
+            "squares" in batch["nested"] for batch in found
+        ):  # one pair a batch: each draw has a time of its own
+            squares = np.stack([batch["nested"]["squares"][..., k] for batch in found], axis=2)
+            out[f"gradient: {part}"][times] = _interval(
+                statistics_lib.best_times(squares, shares, (v_t + v_yt) / 2), len(v_t)
+            )
+    for name, values in out.items():
+        measured = {"policy ELBO": "policy ELBO variance", "score": "score variance"}.get(
+            name, name.replace("gradient:", "gradient variance:")
+        )
+        values["predicted, measured"] = {
+            e.name: [
+                decomposition.predicted_variance(
+                    values["V_t"][0], values["V_yt"][0], e.scheme.n_t, e.scheme.n_yt
+                ),
+                columns[e.name][measured][0],
+            ]
+            for e in estimators
+            if e.share_noise and e.scheme == type(e.scheme)(e.scheme.n_t, e.scheme.n_yt)
+        }
+    bins = np.minimum((shares.ravel() * 10 - 1e-6).astype(int), 9)
+    # Each term's own mean over the nested draws is taken out: what is left is spread within a response.
+    centred = (ratio - ratio.mean((0, 1))).ravel()
+    out["by masked share"] = [
+        {
+            "l / L": (b + 0.5) / 10,
+            "count": int((bins == b).sum()),
+            "mean": float(centred[bins == b].mean()),
+            "variance": float(centred[bins == b].var()),
+        }
+        for b in np.unique(bins).tolist()
+    ]
+    return out
+
+
+def as_text(table: dict) -> str:
+    """The table for a terminal, a row an estimator; +- is half the width of the 95 % interval."""
+    columns = table["columns"]
+    first = next(iter(columns.values()))
+    shown = [k for k in first if isinstance(first[k], list) and not k.startswith("gradient bias")]
+    short = {k: k.replace("variance", "Var").replace("gradient Var:", "Var grad").replace("all parameters", "all")
+             for k in shown}  # fmt: skip
+    width = max(map(len, columns)) + 2
+    cells = {k: max(18, len(short[k])) for k in shown}
+    lines = [
+        f"{'estimator':<{width}}{'n':>3}{'FLOPs':>10}"
+        + "".join(f"  {short[k]:>{cells[k]}}" for k in shown)
+    ]
+    for name, column in columns.items():
+        row = "".join(f"  {_cell(column[k]) if k in column else '':>{cells[k]}}" for k in shown)
+        cost = f"{column['model calls']:>3}{column['FLOPs a pair']:>10.3g}"
+        lines.append(f"{name:<{width}}{cost}{row}{'  biased' if column['biased'] else ''}")
+    for name, values in table["decomposition"].items():
+        if isinstance(values, dict):
+            shown = [k for k, v in values.items() if isinstance(v, list)]
+            lines.append(f"{name}: " + ", ".join(f"{k} {_cell(values[k])}" for k in shown))
+            for column, (predicted, measured) in values["predicted, measured"].items():
+                lines.append(
+                    f"    {column:<{width}} predicted {predicted:.3g}, measured {measured:.3g}"
+                )
+    return "\n".join(lines)
+
+
+def _cell(value: list[float]) -> str:
+    return f"{value[0]:.3g} +- {(value[2] - value[1]) / 2:.2g}"
+
+
+def write(table: dict, out: epath.Path, *, plots: bool = True) -> None:
+    """table.json, table.csv and, with matplotlib, variance.png, bias.png, terms.png in `out`."""
+    (out / "table.json").write_text(json.dumps(table, indent=1) + "\n")
+    with (out / "table.csv").open("w") as f:
+        names = list(dict.fromkeys(k for column in table["columns"].values() for k in column))
+        writer = csv.writer(f)
+        writer.writerow(
+            ["estimator", *(x for k in names for x in ([k] if k in _PLAIN else [k, "low", "high"]))]
+        )
+        for name, column in table["columns"].items():
+            cells = []
+            for k in names:
+                value = column.get(k, "" if k in _PLAIN else [""] * 3)
+                cells += (
+                    value
+                    if isinstance(value, list)
+                    else [value]
+                    if k in _PLAIN
+                    else [value, "", ""]
+                )
+            writer.writerow([name, *cells])
+    if plots:
+        plot(table, out)
+
+
+_PLAIN = ("n_t", "n_yt", "biased", "model calls", "FLOPs a pair", "correlation")
