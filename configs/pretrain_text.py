@@ -25,8 +25,7 @@ ARCH = {
 def get_config(size: str = "medium"):
     if size not in ARCH:
         raise ValueError(f"configs/pretrain_text.py:{size} is not one of {', '.join(ARCH)}")
-    c = base.get_config()
-    c.objective = "pretrain"
+    c = base.get_config("pretrain")
     c.model.arch = ARCH[size]
     c.data.tokenizer = "runs/tokenizer"
     c.data.row_length = 256

@@ -12,8 +12,7 @@ from configs import base, vrpo_8b
 
 
 def get_config():
-    c = base.get_config()
-    c.objective = "sft"
+    c = base.get_config("sft")
     c.epochs = 3
     c.model.arch = vrpo_8b.LLADA_8B
     c.model.dtype = "bfloat16"

@@ -14,9 +14,27 @@ from configs import base
 SUDOKU = pathlib.Path(__file__).resolve().parent.parent / "llada_jax" / "assets" / "sudoku"
 
 
+def sudoku(objective: str):
+    """What every objective on Sudoku shares."""
+    c = base.get_config(objective)
+    c.model.unroll = 4
+    c.data.tokenizer = str(SUDOKU / "tokenizer.json")
+    c.data.template = "plain"
+    c.data.append_eos = False
+    c.optimizer.peak = 2e-3
+    c.checkpoint.every = 20
+    c.checkpoint.keep = 30
+    c.solve.prompts = "python:llada_jax.tasks.sudoku:records?count=500&seed=1&split=heldout"
+    c.solve.scorer = "llada_jax.tasks.sudoku:score"
+    c.solve.gen_length = 16
+    c.solve.steps = 16
+    c.solve.block_length = 16
+    c.solve.batch_size = 100
+    return c
+
+
 def get_config():
-    c = base.get_config()
-    c.objective = "sft"
+    c = sudoku("sft")
     c.num_steps = 300
     c.model.arch = dict(
         d_model=64,
@@ -31,24 +49,11 @@ def get_config():
         eos_token_id=6,
         pad_token_id=6,
     )
-    c.model.unroll = 4
-    c.data.train = "python:llada_jax.sudoku:records?count=40000&seed=0"
-    c.data.tokenizer = str(SUDOKU / "tokenizer.json")
-    c.data.template = "plain"
-    c.data.append_eos = False
+    c.data.train = "python:llada_jax.tasks.sudoku:records?count=40000&seed=0"
     c.data.row_length = 33  # bos, 16 cells of the puzzle, 16 of the solution
     c.data.batch_rows = 128
-    c.optimizer.peak = 2e-3
     c.optimizer.warmup_steps = 50
     # Never brought down: VRPO starts from here and ends at zero.
     c.optimizer.schedule = "constant"
     c.optimizer.end_fraction = 1.0
-    c.checkpoint.every = 20
-    c.checkpoint.keep = 30
-    c.solve.prompts = "python:llada_jax.sudoku:records?count=500&seed=1&split=heldout"
-    c.solve.scorer = "llada_jax.sudoku:score"
-    c.solve.gen_length = 16
-    c.solve.steps = 16
-    c.solve.block_length = 16
-    c.solve.batch_size = 100
     return c

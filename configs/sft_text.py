@@ -13,8 +13,7 @@ from configs import base
 
 
 def get_config(size: str = "medium"):
-    c = base.get_config()
-    c.objective = "sft"
+    c = base.get_config("sft")
     c.init_from = "runs/pretrain_text"
     c.data.row_length = 512
     c.data.holdout = 0.1

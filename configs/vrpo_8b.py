@@ -44,8 +44,7 @@ def get_config(chips: str = ""):
         raise ValueError(
             f"configs/vrpo_8b.py:{chips} is not one of {', '.join(filter(None, MESHES))}"
         )
-    c = base.get_config()
-    c.objective = "vrpo"
+    c = base.get_config("vrpo")
     c.model.arch = LLADA_8B
     c.model.dtype = "bfloat16"
     c.model.remat = "full"

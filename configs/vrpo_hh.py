@@ -13,8 +13,7 @@ from configs import base
 
 
 def get_config():
-    c = base.get_config()
-    c.objective = "vrpo"
+    c = base.get_config("vrpo")
     c.init_from = "runs/sft_text"
     c.model.unroll = 6
     c.data.row_length = 512

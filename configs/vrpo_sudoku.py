@@ -17,11 +17,9 @@ from configs import sft_sudoku
 
 
 def get_config():
-    c = sft_sudoku.get_config()
-    c.objective = "vrpo"
+    c = sft_sudoku.sudoku("vrpo")
     c.init_from = str(sft_sudoku.SUDOKU)
-    c.model.arch = {}
-    c.data.tokenizer = ""
+    c.data.tokenizer = ""  # that of the shipped model
     c.data.train = f"jsonl:{sft_sudoku.SUDOKU / 'pairs.jsonl.gz'}"
     c.data.holdout = 0.05
     c.data.row_length = 66  # one pair: twice bos, puzzle and answer
@@ -30,8 +28,5 @@ def get_config():
     c.vrpo.beta = 0.2
     c.vrpo.sft_weight = 10.0
     c.vrpo.n_t = 8
-    c.optimizer.peak = 2e-3
     c.optimizer.warmup_steps = 10
-    c.optimizer.schedule = "cosine"
-    c.optimizer.end_fraction = 0.0
     return c

@@ -1,26 +1,152 @@
-"""What all commands share: flags, errors in one line, exit statuses."""
+"""What all commands share: flags, errors in one line, exit statuses.
 
+A command module has `parser()`, which returns a `Parser`, and `main(args)`, which does the work and
+returns an exit status (None is 0). It ends with `sys.exit(cli.run(main, parser()))`.
+"""
+
+import argparse
 import os
+import sys
 import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from absl import app
+from absl import flags, logging
+from ml_collections import config_flags
 
-from llada_jax.parallel import hosts as hosts_lib
+from llada_jax.parallel import hosts
+
+USAGE, INTERRUPTED = 2, 130  # exit statuses; any other error is 1
+# What a user can mend. Anything else is a bug, and its traceback is shown.
+EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, MemoryError)
 
 
-def parse_flags(argv):
+class Parser(argparse.ArgumentParser):
+    """Flags of one command; an error is one line."""
+
+    def __init__(self, command: str = "", doc: str = "", **settings: Any):
+        # `settings` are argparse's own, for the parser of a subcommand.
+        super().__init__(
+            **{
+                "prog": f"python -m llada_jax.{command}",
+                "description": doc,
+                "formatter_class": argparse.RawDescriptionHelpFormatter,
+                "allow_abbrev": False,
+                **settings,
+            }
+        )
+        self.keys: Callable[[Any], str] | None = None
+        self._takers: list[argparse.ArgumentParser] = []
+
+    def take_config(self, keys: Callable[[Any], str], *subcommands: argparse.ArgumentParser):
+        """The command, or some of its subcommands, take --config=FILE and --config.NAME=VALUE.
+
+        `keys(config or None)` describes the keys of a config, for --help.
+        """
+        self.keys, self._takers = keys, list(subcommands or (self,))
+        for taker in self._takers:
+            taker.add_argument(
+                "--config", metavar="FILE[:WORD]", required=True, help="a file with get_config()"
+            )
+            taker.add_argument("--config.NAME", metavar="VALUE", help="another value of a key")
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """The flags of a command line; see `parse`."""
+        if self.keys is None:
+            return self.parse_args(argv)
+        of_config, others = _split(argv)
+        config = None
+        try:
+            config = _read_config(of_config) if of_config else None
+        except (Exception, flags.Error) as error:  # whatever a config file or ml_collections raises
+            _show(error)
+            self.error(_text(error))
+        if {"-h", "--help"} & set(others):
+            for taker in self._takers:
+                taker.epilog = self.keys(config)
+        args = self.parse_args(others)
+        args.config = config
+        return args
+
+    def error(self, message: str):
+        """Ends the process with the message in one line and status 2."""
+        self.exit(USAGE, f"error: {one_line(message)}; --help says more\n")
+
+
+def parse(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags of a command line; `config` is a locked ConfigDict, if the command takes one.
+
+    Ends the process with one line and status 2 for a flag or a config key that does not exist.
+    """
+    return parser.parse(list(sys.argv[1:] if argv is None else argv))
+
+
+def run(
+    main: Callable[[argparse.Namespace], int | None],
+    parser: Parser,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Parses the flags and does the work; returns the exit status.
+
+    Raises SystemExit for an error: one line and status 1, or all of it under LLADA_JAX_TRACEBACK=1.
+    """
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.WARNING)
+    args = parse(parser, argv)
     try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError, TypeError, OSError, ImportError, ValueError) as error:
-        # What ml_collections lets through of a wrong key or a wrong file.
-        fail(error)
+        return main(args) or 0
+    except KeyboardInterrupt:
+        hosts.fail("interrupted", INTERRUPTED)
+    except Exception as error:
+        if not isinstance(error, EXPECTED):
+            hosts.fail(traceback.format_exc())
+        _show(error)
+        hosts.fail(f"error: {_text(error)}")
 
 
-def fail(error: BaseException):
-    """Ends with the error in one line, or, under LLADA_JAX_TRACEBACK=1, with all of it."""
+def one_line(text: object) -> str:
+    """The text with every run of white space as one blank."""
+    return " ".join(str(text).split())
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(flags of the config with their values, what argparse is to see)."""
+    of_config, others = [], []
+    words = iter(argv)
+    for word in words:
+        name = word.partition("=")[0]
+        if name != "--config" and not name.startswith(("--config.", "--noconfig.")):
+            others.append(word)
+            continue
+        of_config.append(word)
+        if "=" not in word and not name.startswith("--no"):
+            of_config += [value for value in [next(words, None)] if value is not None]
+        if name == "--config":
+            others.append("--config=given")
+    return of_config, others
+
+
+def _read_config(argv: list[str]):
+    values = flags.FlagValues()
+    argv = ["", *argv]
+    config_flags.DEFINE_config_file(
+        "config", None, flag_values=values, lock_config=True, sys_argv=argv
+    )
+    values(argv)
+    if values.config is None:
+        raise ValueError("--config.name=value without --config=FILE: name a file of configs/")
+    return values.config
+
+
+def _show(error: BaseException):
+    """Prints the traceback where LLADA_JAX_TRACEBACK=1 asks for it."""
     if os.environ.get("LLADA_JAX_TRACEBACK"):
-        hosts_lib.fail("".join(traceback.format_exception(error)))
+        traceback.print_exception(error)
+
+
+def _text(error: BaseException) -> str:
     while error.args and isinstance(error.args[0], BaseException):
         error = error.args[0]
-    text = f"the config has no key {error.args[0]}" if isinstance(error, KeyError) else error
-    hosts_lib.fail(f"error: {' '.join(str(text).split())}")
+    if isinstance(error, KeyError):
+        return f"the config has no key {error.args[0]}"
+    return one_line(error) or type(error).__name__

@@ -4,11 +4,12 @@ import bz2
 import contextlib
 import glob
 import gzip
+import importlib
 import json
 import lzma
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 from etils import epath
 
@@ -16,7 +17,7 @@ _OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 
 
 def expand(pattern: str) -> list[epath.Path]:
-    """Files that a path or glob names, sorted; FileNotFoundError if there are none."""
+    """The files that a path or a glob names, sorted. Raises FileNotFoundError if there are none."""
     if "://" in pattern:
         parts = pattern.split("/")
         first = next((k for k, part in enumerate(parts) if glob.has_magic(part)), None)
@@ -36,7 +37,10 @@ def expand(pattern: str) -> list[epath.Path]:
 
 
 def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, line) of a file, plain or .gz, .xz or .bz2; ValueError if it cannot be decompressed."""
+    """(line number from 1, line) of a file, plain or compressed (.gz, .xz, .bz2).
+
+    Raises ValueError if the file cannot be decompressed to its end.
+    """
     path = epath.Path(path)
     number = 0
     try:
@@ -50,23 +54,46 @@ def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
         ) from e
 
 
-def local(path: epath.PathLike) -> epath.Path:
+def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
+    """Writes a file that appears complete or not at all, and makes its folder.
+
+    On a disk a new file takes the place of the old one when all of it is written. An object store
+    (a path with "://") does the same for a single write.
+    """
     path = epath.Path(path).expanduser()
-    if "://" in str(path):
-        raise ValueError(
-            f"{path}: safetensors are read and written on a local disk only; copy the folder there"
-        )
-    return path
+    content = content.encode() if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if is_remote(path):
+        path.write_bytes(content)
+        return
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())  # or a crash soon after could leave an empty file under the name
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_jsonl(path: str | os.PathLike, records: Iterable[dict]) -> None:
+    """Writes JSON lines, whole or not at all; compressed if the name ends in .gz."""
+    content = "".join(json.dumps(record) + "\n" for record in records).encode()
+    # Without a time in its header, equal records give equal files.
+    write_whole(path, gzip.compress(content, mtime=0) if str(path).endswith(".gz") else content)
 
 
 @contextlib.contextmanager
 def new_folder(directory: epath.Path):
-    """A folder to write in that becomes `directory` when the block ends well; refuses to overwrite content."""
+    """A folder to write in, which becomes `directory` when the block ends without an error.
+
+    Raises ValueError if `directory` has content already.
+    """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"{directory} exists and is not empty; remove it or give another folder")
-    if "://" in str(
-        directory
-    ):  # a bucket cannot rename; there it is the checkpoint that commits as a whole
+    if is_remote(directory):
+        # A bucket cannot rename a folder; there it is the checkpoint that appears as a whole.
         yield directory
         return
     directory = directory.absolute()
@@ -79,11 +106,30 @@ def new_folder(directory: epath.Path):
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_jsonl(path: str, records: Sequence[dict]) -> None:
-    """Writes JSON lines, compressed if the name ends in .gz; the file appears complete or not at all."""
-    out = epath.Path(path).expanduser()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    content = "".join(json.dumps(record) + "\n" for record in records).encode()
-    partial = out.with_name(out.name + ".partial")
-    partial.write_bytes(gzip.compress(content, mtime=0) if out.suffix == ".gz" else content)
-    partial.replace(out)
+def local(path: epath.PathLike) -> epath.Path:
+    """The path, if it is on a local disk. Raises ValueError for an object store."""
+    path = epath.Path(path).expanduser()
+    if is_remote(path):
+        raise ValueError(
+            f"{path}: safetensors are read and written on a local disk only; copy the folder there"
+        )
+    return path
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether a path names an object in a store such as gs://, which cannot append or rename."""
+    return "://" in os.fspath(path)
+
+
+def load_function(spec: str, what: str) -> Callable:
+    """The function that "module:function" names. Raises ValueError, which begins with `what`."""
+    module, _, name = spec.partition(":")
+    if not module or not name:
+        raise ValueError(f"{what} {spec!r} is not of the form module:function")
+    try:
+        function = getattr(importlib.import_module(module), name, None)
+    except ImportError as error:
+        raise ValueError(f"{what} {spec!r}: {error}; it must be importable from here") from error
+    if not callable(function):
+        raise ValueError(f"{what} {spec!r}: the module {module} has no function {name}")
+    return function

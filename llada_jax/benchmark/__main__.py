@@ -1,63 +1,68 @@
 """Time and memory of what can be measured here, as lines and as JSON (`--out=FILE`).
 
-python -m llada_jax.benchmark step --config=FILE [--config.x=y]     the step that train.py runs, on the devices here
-python -m llada_jax.benchmark torch --config=FILE [--config.x=y]    and its ratio to a plain PyTorch loop (CPU)
-python -m llada_jax.benchmark load                                  reading a checkpoint with 8B's layout (--help)
+python -m llada_jax.benchmark step --config=FILE     the step of a config, on the devices here
+python -m llada_jax.benchmark torch --config=FILE    and its ratio to a plain PyTorch loop (CPU)
+python -m llada_jax.benchmark load                   reading a checkpoint with 8B's layout
 
-Without data.train the rows are synthetic, of the config's shape; without init_from the parameters are random.
+Without data.train the rows are synthetic, of the config's shape; without init_from the parameters are
+random.
 """
 
 import json
-import pathlib
 import sys
 import tempfile
-
-from absl import app, flags, logging
+from argparse import Namespace
 
 from llada_jax import cli
-from llada_jax.benchmark import load, step, torch_loop
+from llada_jax.benchmark import load, step
+from llada_jax.files import write_whole
 from llada_jax.parallel import hosts
+from llada_jax.train.settings import describe_keys
 
 
-def main(argv):
-    try:
-        if len(argv) != 2 or argv[1] not in ("step", "torch"):
-            raise ValueError(
-                f"{' '.join(argv[1:]) or 'no benchmark'}: say one of step, torch, load; --help says more"
-            )
-        if flags.FLAGS.config is None:
-            raise ValueError("--config is missing: give a file of configs/")
+def parser() -> cli.Parser:
+    """The flags of the command."""
+    parser = cli.Parser("benchmark", __doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    of_step = commands.add_parser("step", help="time the step of a config")
+    of_torch = commands.add_parser("torch", help="compare with a plain PyTorch loop on a CPU")
+    parser.take_config(describe_keys, of_step, of_torch)
+    for command in (of_step, of_torch):
+        command.add_argument("--workdir", default="", help="for packed rows; default: a new folder")
+        command.add_argument("--steps", type=int, default=10, help="steps to time, after two more")
+    of_step.add_argument("--profile", default="", help="folder for a JAX trace of three steps")
+    of_load = commands.add_parser("load", help="time the reading of a checkpoint with 8B's layout")
+    load.add_flags(of_load)
+    for command in (of_step, of_torch, of_load):
+        command.add_argument("--out", default="", help="JSON file to write")
+    return parser
+
+
+def main(args: Namespace):
+    """Does what the flags say."""
+    if args.command == "load":
+        result = load.run(args)
+    else:
+        if args.steps < 1:
+            raise ValueError(f"--steps={args.steps}: at least one step is timed")
         hosts.initialize()
-        config, count = flags.FLAGS.config, _STEPS.value
-        if count < 1:
-            raise ValueError(f"--steps={count}: at least one step is timed")
         with tempfile.TemporaryDirectory() as folder:
-            workdir = _WORKDIR.value or folder
-            if argv[1] == "step":
-                result = step.run(config, workdir, count, _PROFILE.value)
+            workdir = args.workdir or folder
+            if args.command == "step":
+                result = step.run(args.config, workdir, args.steps, args.profile)
             else:
-                try:
-                    from llada_jax.benchmark import torch_loop  # the one that needs PyTorch
-                except ModuleNotFoundError as error:
-                    raise ImportError(
-                        "PyTorch is missing: pip install -e '.[benchmark]'"
-                    ) from error
-                result = torch_loop.run(config, workdir, count)
-        if _OUT.value and hosts.is_first():
-            pathlib.Path(_OUT.value).write_text(json.dumps(result, indent=1) + "\n")
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+                result = _torch_loop().run(args.config, workdir, args.steps)
+    if args.out and hosts.is_first():
+        write_whole(args.out, json.dumps(result, indent=1) + "\n")
 
 
-_WORKDIR = flags.DEFINE_string(
-    "workdir", "", "Where packed rows of data.train go; empty: nowhere that stays."
-)
-_STEPS = flags.DEFINE_integer("steps", 10, "Steps to time, after two that are not.")
-_PROFILE = flags.DEFINE_string("profile", "", "Folder for a JAX profiler trace of three steps.")
-_OUT = flags.DEFINE_string("out", "", "JSON file to write.")
+def _torch_loop():
+    try:
+        from llada_jax.benchmark import torch_loop  # noqa: PLC0415 (the one that needs PyTorch)
+    except ModuleNotFoundError as error:
+        raise ImportError("PyTorch is missing: pip install -e '.[benchmark]'") from error
+    return torch_loop
+
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["load"]:
-        sys.exit(load.run(sys.argv[2:]))
-    logging.set_verbosity(logging.WARNING)
-    app.run(main, flags_parser=cli.parse_flags)
+    sys.exit(cli.run(main, parser()))

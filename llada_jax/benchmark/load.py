@@ -18,7 +18,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from llada_jax.checkpoints import loading, published
-from llada_jax.models.llada import LLaDA, ModelConfig
+from llada_jax.models import boxed_shapes
+from llada_jax.models.llada import ModelConfig
 from llada_jax.parallel import mesh as mesh_lib
 
 _GB = 1e9
@@ -71,9 +72,7 @@ def measure(folder: str, dtype: str, fsdp: int, tensor: int) -> dict[str, float]
     """Loads a folder over all devices of this process: seconds, bytes of the destination, host memory beyond it."""
     config = loading.read_config(folder)
     mesh = mesh_lib.make_mesh(-1, fsdp, tensor)
-    boxed = jax.eval_shape(LLaDA(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))[
-        "params"
-    ]
+    boxed = boxed_shapes(config)
     shardings = mesh_lib.shardings(mesh, boxed)
     jax.block_until_ready(jnp.zeros(8))  # the backend's own memory belongs to the baseline
     before = _status("VmRSS")
@@ -87,9 +86,8 @@ def measure(folder: str, dtype: str, fsdp: int, tensor: int) -> dict[str, float]
     return {"seconds": seconds, "destination": held, "beyond": _status("VmHWM") - before - held}
 
 
-def run(argv: list[str]) -> int:
-    """`python -m llada_jax.benchmark load`: prints a line and writes JSON; the load itself runs in a child process."""
-    parser = argparse.ArgumentParser(prog="python -m llada_jax.benchmark load", description=__doc__)
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that `run` reads."""
     parser.add_argument(
         "--layers", type=int, default=4, help="of the 32 of LLaDA 8B (0.44 GB each; default: 4)"
     )
@@ -103,23 +101,16 @@ def run(argv: list[str]) -> int:
     parser.add_argument(
         "--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the parameters"
     )
-    parser.add_argument(
-        "--folder", default=None, help="where to make it (default: the temporary folder)"
-    )
-    parser.add_argument("--out", default="", help="JSON file to write")
+    parser.add_argument("--folder", help="where to make it (default: the temporary folder)")
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    try:
-        return _run(args, argv)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
 
 
-def _run(args: argparse.Namespace, argv: list[str]) -> int:
+def run(args: argparse.Namespace) -> dict:
+    """Prints a line, returns what goes into the JSON; the load itself runs in a child process."""
     if args.child:
-        print(json.dumps(measure(args.child, args.dtype, args.fsdp, args.tensor)))
-        return 0
+        found = measure(args.child, args.dtype, args.fsdp, args.tensor)
+        print(json.dumps(found))
+        return found
     config = ModelConfig(
         d_model=args.width,
         n_heads=max(args.width // 128, 1),
@@ -134,8 +125,8 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
         or args.vocab % args.tensor
     ):
         raise ValueError(
-            f"--fsdp={args.fsdp} --tensor={args.tensor} do not divide --devices={args.devices}, --width={args.width} "
-            f"or --vocab={args.vocab}: change them"
+            f"--fsdp={args.fsdp} --tensor={args.tensor} do not divide --devices={args.devices}, "
+            f"--width={args.width} or --vocab={args.vocab}: change them"
         )
     home = pathlib.Path(tempfile.mkdtemp(prefix="llada_load_", dir=args.folder))
     try:
@@ -145,18 +136,20 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
             "-m",
             "llada_jax.benchmark",
             "load",
-            *argv,
+            f"--devices={args.devices}",
+            f"--fsdp={args.fsdp}",
+            f"--tensor={args.tensor}",
+            f"--dtype={args.dtype}",
             f"--child={home / 'hf'}",
         ]
-        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={args.devices}"
+        count = f"--xla_force_host_platform_device_count={args.devices}"
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {count}"
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, text=True, check=False
+        )
         if done.returncode:
-            print(
-                f"error: the loading process ended with {done.returncode}, see above",
-                file=sys.stderr,
-            )
-            return 1
+            raise OSError(f"the loading process ended with {done.returncode}, see above")
         found = json.loads(done.stdout.splitlines()[-1])
     finally:
         shutil.rmtree(home)
@@ -174,12 +167,10 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
         "host_gb_beyond_destination": found["beyond"] / _GB,
         "largest_tensors_beyond_destination": found["beyond"] / written["largest"],
     }
-    if args.out:
-        pathlib.Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
     print(
         f"{result['gb']:.2f} GB of bfloat16 in {result['seconds']:.1f} s ({result['gb_per_second']:.2f} GB/s) as "
         f"{args.dtype} on {args.devices} devices; host memory beyond the {result['destination_gb']:.2f} GB of arrays: "
         f"{result['host_gb_beyond_destination']:.2f} GB, {result['largest_tensors_beyond_destination']:.2f} of the "
         f"largest tensor"
     )
-    return 0
+    return result

@@ -2,9 +2,11 @@
 
 import collections
 import dataclasses
+import functools
 import pathlib
 import statistics
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +15,12 @@ from llada_jax import noise
 from llada_jax.batch import Batch
 from llada_jax.checkpoints import loading
 from llada_jax.chips import CHIPS
-from llada_jax.data import batches
-from llada_jax.data.synthetic import SyntheticRows
-from llada_jax.objectives import preference
 from llada_jax.parallel import hosts, mesh
 from llada_jax.train import state as state_lib
-from llada_jax.train import step
 from llada_jax.train.cost import forward_passes, pass_flops
-from llada_jax.train.experiment import KIND, Plan, make_plan
+from llada_jax.train.experiment import Experiment, make_plan, with_synthetic_rows
 from llada_jax.train.state import TrainState
+from llada_jax.train.step import jit_update
 from llada_jax.train.summary import describe
 
 
@@ -30,65 +29,52 @@ class Work:
     """What one step needs, on its devices: the state is donated, the rest stays."""
 
     state: TrainState
-    batch: Batch
-    extra: tuple  # vrpo: the reference policy's parameters, or its terms for this batch
+    batch: Batch  # with the reference policy's terms, if the config wants them cached
+    frozen: Any  # the reference policy's parameters, if steps take them
 
 
-def prepare(config, workdir: str) -> Plan:
-    """The plan of a config, with synthetic rows where data.train is not set; ValueError or FileNotFoundError."""
-    plan = make_plan(config, workdir, dry_run=True)
-    if plan.rows is None:
-        kind, d = KIND[config.objective], config.data
-        rows = SyntheticRows(kind, d.row_length, plan.model.config.vocab_size, d.batch_rows)
-        plan = dataclasses.replace(plan, rows=rows)
-    if not plan.num_steps:  # what a schedule needs; a benchmark does a handful of them
-        plan = dataclasses.replace(plan, num_steps=config.optimizer.warmup_steps + 1000)
-    return plan
+def prepare(config, workdir: str) -> Experiment:
+    """The experiment of a config, with synthetic rows if data.train is not set.
+
+    Raises ValueError or FileNotFoundError.
+    """
+    return with_synthetic_rows(make_plan(config, workdir, dry_run=True))
 
 
-def make_work(plan: Plan) -> Work:
+def make_work(plan: Experiment) -> Work:
     """Parameters (random, or those of init_from), one batch, and the reference policy."""
-    c = plan.config
     abstract = state_lib.abstract_state(plan.model, plan.tx, plan.mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract.params)
-    key = noise.stream_key(c.seed, "init")
-    params = loading.load(c.init_from, c.model.param_dtype, shardings)[1] if c.init_from else None
+    params = None
+    if plan.init_from:
+        params = loading.load(plan.init_from, plan.model.param_dtype, shardings)[1]
+    key = noise.stream_key(plan.seed, "init")
     current = state_lib.init_state(plan.model, plan.tx, plan.mesh, key, params)
     del params
-    index, count = plan.parallel.shard
-    host = next(
-        batches.loader(
-            plan.rows,
-            batch_rows=c.data.batch_rows,
-            seed=c.seed,
-            shard_index=index,
-            shard_count=count,
-        )
-    )
+    host = next(plan.batches(plan.rows, batch_rows=plan.data.batch_rows, seed=plan.seed))
     batch = plan.parallel.put(host)
-    if c.objective != "vrpo":
-        return Work(current, batch, ())
-    dtype = jnp.dtype(c.vrpo.reference_dtype or c.model.param_dtype)
+    if plan.reference is None:
+        return Work(current, batch, None)
     # A copy in any case: the state is donated.
-    reference = jax.jit(
-        lambda p: jax.tree.map(lambda x: jnp.array(x, dtype), p), out_shardings=shardings
+    copy = jax.jit(
+        lambda p: jax.tree.map(lambda x: jnp.array(x, plan.reference_dtype), p),
+        out_shardings=shardings,
     )
-    reference = reference(current.params)
-    if c.vrpo.reference == "cached":
-        kwargs = {"model": plan.model, "settings": plan.settings, "num_segments": plan.num_segments}
-        terms = jax.jit(
-            lambda p, b: preference.reference_terms(p, b, **kwargs),
-            out_shardings=mesh.rows(plan.mesh),
-        )
-        return Work(current, batch, (terms(reference, batch),))
-    return Work(current, batch, (reference,))
+    frozen = copy(current.params)
+    if not plan.reference.is_cached:
+        return Work(current, batch, frozen)
+    terms_of = functools.partial(
+        plan.objective.reference_terms, model=plan.model, settings=plan.settings
+    )
+    terms = jax.jit(terms_of, out_shardings=mesh.rows(plan.mesh))(frozen, batch)
+    return Work(current, batch.replace(reference=terms), None)
 
 
 def compile_step(plan: Plan, work: Work):
     """(compiled step, seconds it took)."""
     shardings = jax.tree.map(lambda x: x.sharding, work.state)
     start = time.perf_counter()
-    compiled = step.jit_update(plan, shardings).lower(work.state, work.batch, *work.extra).compile()
+    compiled = jit_update(plan, shardings).lower(work.state, work.batch, work.frozen).compile()
     return compiled, time.perf_counter() - start
 
 
@@ -99,13 +85,13 @@ def time_steps(
     seconds = []
     for _ in range(warmup + count):
         start = time.perf_counter()
-        work.state, found = update(work.state, work.batch, *work.extra)
+        work.state, found = update(work.state, work.batch, work.frozen)
         jax.block_until_ready((work.state, found))
         seconds.append(time.perf_counter() - start)
     return seconds[warmup:], {name: float(value) for name, value in found.items()}
 
 
-def rates(plan: Plan, seconds: float) -> dict:
+def rates(plan: Experiment, seconds: float) -> dict:
     """Tokens/s, FLOP/s and their share of the peak (None where CHIPS does not know the device).
 
     `mfu` counts forward, backward and reference; `hfu` also what remat and chunks of draws compute again.
@@ -113,7 +99,7 @@ def rates(plan: Plan, seconds: float) -> dict:
     devices = plan.mesh.devices.flat
     chip = CHIPS.get(devices[0].device_kind)
     result = {
-        "tokens_per_second": plan.config.data.batch_rows * plan.config.data.row_length / seconds
+        "tokens_per_second": plan.data.batch_rows * plan.row_length / seconds
     }
     for name, recomputed in (("mfu", False), ("hfu", True)):
         flops = pass_flops(plan) * forward_passes(plan, recomputed)[0] / seconds

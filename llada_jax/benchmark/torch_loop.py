@@ -142,12 +142,12 @@ def preference_loss(model, reference, rows, masked, weights, settings: Preferenc
 class TorchStep:
     """The loop's body with its state."""
 
-    def __init__(self, config, params, reference, settings: Preference):
+    def __init__(self, o: Optimizer, params, reference, settings: Preference):
         self.model, self.reference = (
             TorchLLaDA(*params),
             TorchLLaDA(*reference).requires_grad_(False),
         )
-        self.settings, o = settings, config.optimizer
+        self.settings = settings
         scales = [p for p in self.model.parameters() if p.ndim == 1]
         matrices = [p for p in self.model.parameters() if p.ndim > 1]
         groups = [
@@ -177,18 +177,12 @@ def check_same(plan, work: Work, torch_step: TorchStep, update) -> dict[str, flo
     Against a reference that is not the policy: while it is, the score is 0 whatever the noise. ValueError where they
     differ by more than 1e-4 (the loss) and 1e-3 (the norm) of ours.
     """
-    reference = jax.tree.map(lambda x: 1.05 * x, work.extra[0])
+    reference = jax.tree.map(lambda x: 1.05 * x, work.frozen)
     _, metrics = update(
         jax.tree.map(jnp.copy, work.state), work.batch, reference
     )  # the state is donated
     settings = plan.settings
-    drawn = terms.draw(
-        work.batch,
-        settings.scheme,
-        seed=settings.seed,
-        stream=settings.stream,
-        num_segments=plan.num_segments,
-    )
+    drawn = terms.draw(work.batch, settings.scheme, seed=settings.seed, stream=settings.stream)
     rows, noise = unpack(work.batch, drawn.masked, drawn.weights)
     frozen = TorchLLaDA(plan.model.config, jax.device_get(reference))
     loss = preference_loss(torch_step.model, frozen, rows, *noise, settings)
@@ -207,23 +201,27 @@ def check_same(plan, work: Work, torch_step: TorchStep, update) -> dict[str, flo
     return found
 
 
-def check_supported(config):
-    """ValueError for what the PyTorch loop does not do. It takes all draws at once, whatever vrpo.mc_chunk says."""
-    v = config.vrpo
+def check_supported(plan: Experiment):
+    """Raises ValueError for what the PyTorch loop does not do.
+
+    The loop takes all draws at once, whatever vrpo.mc_chunk says.
+    """
+    if plan.objective.name != "vrpo":
+        raise ValueError(f"the PyTorch loop does not do objective={plan.objective.name!r}: set vrpo")
+    v = plan.settings
     wanted = {
-        "objective": (config.objective, "vrpo"),
         "vrpo.kind": (v.kind, "sigmoid"),
         "vrpo.label_smoothing": (v.label_smoothing, 0.0),
         "vrpo.share_noise": (v.share_noise, True),
-        "vrpo.n_yt": (v.n_yt, 1),
-        "vrpo.times": (v.times, "iid"),
-        "vrpo.masks": (v.masks, "exact"),
-        "vrpo.weights": (v.weights, "plain"),
-        "vrpo.reference": (v.reference, "model"),
-        "optimizer.accumulate": (config.optimizer.accumulate, 1),
-        "model.dtype": (config.model.dtype, "float32"),
-        "model.param_dtype": (config.model.param_dtype, "float32"),
-        "vrpo.reference_dtype": (v.reference_dtype or "float32", "float32"),
+        "vrpo.n_yt": (v.scheme.n_yt, 1),
+        "vrpo.times": (v.scheme.times, "iid"),
+        "vrpo.masks": (v.scheme.masks, "exact"),
+        "vrpo.weights": (v.scheme.weights, "plain"),
+        "vrpo.reference": (plan.reference.reference, "model"),
+        "vrpo.reference_dtype": (plan.reference_dtype.name, "float32"),
+        "optimizer.accumulate": (plan.optimizer.accumulate, 1),
+        "model.dtype": (jnp.dtype(plan.model.dtype).name, "float32"),
+        "model.param_dtype": (jnp.dtype(plan.model.param_dtype).name, "float32"),
     }
     wrong = {name: pair for name, pair in wanted.items() if pair[0] != pair[1]}
     if wrong:
@@ -234,18 +232,18 @@ def check_supported(config):
 
 def run(config, workdir: str, count: int) -> dict:
     """Times our step and PyTorch's in turns, on one CPU device: prints lines, returns what goes into the JSON."""
-    check_supported(config)
     device = jax.devices()[0]
     if device.platform != "cpu" or jax.device_count() > 1:
         found = f"{jax.device_count()} x {device.device_kind}"
         raise ValueError(f"{found}: the comparison is on one CPU device, set JAX_PLATFORMS=cpu")
     plan = step.prepare(config, workdir)
+    check_supported(plan)
     with plan.parallel.use():
         work = step.make_work(plan)
         torch_step = TorchStep(
-            config,
+            plan.optimizer,
             (plan.model.config, jax.device_get(work.state.params)),
-            (plan.model.config, jax.device_get(work.extra[0])),
+            (plan.model.config, jax.device_get(work.frozen)),
             plan.settings,
         )
         compiled, compile_seconds = step.compile_step(plan, work)

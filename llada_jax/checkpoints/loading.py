@@ -1,52 +1,69 @@
 """Opening a model, whichever form its weights are kept in."""
 
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from etils import epath
 from jax.tree_util import Partial
 
+from llada_jax import models
 from llada_jax import tokenizer as tokenizer_lib
 from llada_jax.checkpoints import orbax
 from llada_jax.checkpoints.published import floating, param_shapes, read_folder
-from llada_jax.models.llada import LLaDA, ModelConfig
+from llada_jax.files import is_remote
 
 
 def load(path: epath.PathLike, dtype=None, shardings=None):
     """Opens a model: (model, params), computing in the type of its parameters.
 
-    `path` is a Hugging Face style folder (config.json, model.safetensors or shards with an index) or a checkpoint of
-    ours (a workdir: its newest good step; or workdir/checkpoints/<step>). `dtype` casts the parameters; None keeps
-    their type (the widest, where a file mixes them). `shardings` is a tree like params; None: the first device. Raises
-    FileNotFoundError, or one ValueError that lists every weight that is missing, surplus or of another shape.
+    `path` is a Hugging Face style folder (config.json, model.safetensors or shards with an index) or
+    a checkpoint of ours: a workdir (its newest good step) or workdir/checkpoints/<step>. `dtype` casts
+    the parameters; None keeps their type (the widest, if a file mixes them). `shardings` is a tree
+    like params; None puts all on the first device. Raises FileNotFoundError, or one ValueError that
+    lists every weight that is missing, surplus or of another shape.
     """
     path, dtype = epath.Path(path).expanduser(), floating(dtype)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path} does not exist; give a Hugging Face style folder or a checkpoint of ours"
-        )
-    if (home := home_of(path)) is not None:
-        config = _read_config(home / "config.json")
+    config = read_config(path)
+    if home_of(path) is not None:
         shapes = param_shapes(config)
         if shardings is not None:
             shapes = jax.tree.map(
                 lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
             )
         params = orbax.restore_params(path, dtype, shapes)
-    elif (path / "config.json").exists():
-        config = _read_config(path / "config.json")
-        params = read_folder(path, config, dtype, shardings)
     else:
-        raise FileNotFoundError(
-            f"{path} has neither config.json (a Hugging Face style folder) nor checkpoints/ (a checkpoint of ours)"
-        )
+        params = read_folder(path, config, dtype, shardings)
     dtype = jnp.result_type(*jax.tree.leaves(params))
-    return LLaDA(config, dtype=dtype, param_dtype=dtype), params
+    return models.family_of(config).Module(config, dtype=dtype, param_dtype=dtype), params
+
+
+def read_config(path: epath.PathLike) -> Any:
+    """The architecture of a model that `load` opens, without reading a weight.
+
+    Raises FileNotFoundError or ValueError.
+    """
+    path = epath.Path(path).expanduser()
+    file = model_folder(path) / "config.json"
+    if not file.exists():
+        if home_of(path) is not None:
+            raise FileNotFoundError(f"{file} does not exist; without it the architecture is unknown")
+        raise FileNotFoundError(
+            f"{path} has neither config.json (a Hugging Face style folder) nor checkpoints/ "
+            "(a checkpoint of ours)"
+        )
+    try:
+        values = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds no JSON object")
+    return models.config_from_dict(values, source=str(file))
 
 
 def model_folder(path: epath.PathLike) -> epath.Path:
-    """The folder with config.json and the tokenizer of a Hugging Face style folder or a checkpoint of ours."""
+    """The folder with a model's config.json and tokenizer. Raises FileNotFoundError."""
     path = epath.Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(
@@ -55,57 +72,29 @@ def model_folder(path: epath.PathLike) -> epath.Path:
     return home_of(path) or path
 
 
-def read_config(path: epath.PathLike) -> ModelConfig:
-    """The architecture of whatever `load` opens, without reading a weight; FileNotFoundError or ValueError."""
-    return _read_config(model_folder(path) / "config.json")
-
-
 def home_of(path: epath.Path) -> epath.Path | None:
-    """The folder of config and tokenizer of a checkpoint of ours, or None where path is no such checkpoint."""
+    """The folder with config and tokenizer of a checkpoint of ours; None for any other path."""
     if (path / "checkpoints").is_dir():
         return path / "model"
-    absolute = path if "://" in str(path) else path.absolute()
-    return (
-        absolute.parent.parent / "model"
-        if path.name.isdigit() and absolute.parent.name == "checkpoints"
-        else None
-    )
-
-
-def _read_config(file: epath.Path) -> ModelConfig:
-    if not file.exists():
-        raise FileNotFoundError(f"{file} does not exist; without it the architecture is unknown")
-    try:
-        values = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} holds no JSON object")
-    return ModelConfig.from_dict(values, source=str(file))
+    absolute = path if is_remote(path) else path.absolute()
+    is_step = path.name.isdigit() and absolute.parent.name == "checkpoints"
+    return absolute.parent.parent / "model" if is_step else None
 
 
 def open_model(path: str, dtype=None):
-    """(logits_fn, ModelConfig, Tokenizer) of a Hugging Face style folder or a checkpoint of ours (a workdir, a step).
-
-    `dtype` casts the parameters. Imports the rest of the package, which the sampler itself does without.
-    """
-
+    """(logits_fn, config, tokenizer) of a model that `load` opens, as the sampler wants them."""
     model, params = load(path, dtype)
-    return (
-        Partial(model.apply, {"params": params}),
-        model.config,
-        tokenizer_lib.load(model_folder(path)),
-    )
+    logits_fn = Partial(model.apply, {"params": params})
+    return logits_fn, model.config, tokenizer_lib.load(model_folder(path))
 
 
 def special_ids(config, tokenizer) -> dict[str, int | None]:
-    """mask_id, pad_id, eos_id and eot_id for `sample_responses`, from the model's config and its tokenizer."""
+    """mask_id, pad_id, eos_id and eot_id, as `sampling.sample_responses` wants them."""
     eos_id = tokenizer.eos_id if config.eos_token_id is None else config.eos_token_id
     pads = (config.pad_token_id, eos_id, config.mask_token_id)
-    pad_id = next(i for i in pads if i is not None)
     return {
         "mask_id": config.mask_token_id,
-        "pad_id": pad_id,
+        "pad_id": next(i for i in pads if i is not None),
         "eos_id": eos_id,
         "eot_id": tokenizer.eot_id,
     }

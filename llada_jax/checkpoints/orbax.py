@@ -251,12 +251,12 @@ def _record(path: epath.Path) -> dict:
     """What `save` noted beside the arrays of a step: `extra`, and type, shape and hash of each leaf."""
     try:
         record = dict(ocp.checkpointables_metadata(path).custom_metadata)
-        digest = record.pop("digest")
+        recorded = record.pop("digest")
     except Exception as error:
         raise _Damaged(
             f"no record of its contents can be read ({_cause_of_damage(error)})"
         ) from error
-    if digest != digest(record):
+    if recorded != digest(record):
         raise _Damaged("the record of its contents was changed")
     return record
 

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from llada_jax.files import local, new_folder
+from llada_jax.models import family_of
 from llada_jax.models.family import Row
-from llada_jax.models.llada import ROWS, LLaDA, ModelConfig
 
 DTYPES = {
     "F32": jnp.float32,
@@ -34,7 +34,7 @@ TOKENIZER_FILES = (
 
 
 def export(
-    model: LLaDA,
+    model: nn.Module,
     params,
     directory: epath.PathLike,
     *,
@@ -61,7 +61,7 @@ def export(
 
     shards, size = [[]], 0
     for tensor in sorted(
-        _tensors(shapes), key=lambda tensor: -1 if tensor.layer is None else tensor.layer
+        _tensors(model.config, shapes), key=lambda tensor: -1 if tensor.layer is None else tensor.layer
     ):
         nbytes = math.prod(tensor.shape) * types[tensor.row.path].itemsize
         if shards[-1] and size + nbytes > max_shard_bytes:
@@ -95,18 +95,18 @@ def export(
             copy_tokenizer(epath.Path(tokenizer_from), folder, required=True)
 
 
-def published_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def published_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     """The name and shape of every published tensor of an architecture."""
-    return {tensor.name: tensor.shape for tensor in _tensors(_flat(param_shapes(config)))}
+    return {tensor.name: tensor.shape for tensor in _tensors(config, _flat(param_shapes(config)))}
 
 
-def param_shapes(config: ModelConfig):
+def param_shapes(config: Any):
     """The parameter tree as ShapeDtypeStructs, of no particular type."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     # Unboxed under eval_shape: under a mesh that constrains the sharding, which shapes alone do not take.
-    return jax.eval_shape(lambda key: nn.unbox(LLaDA(config).init(key, tokens)), jax.random.key(0))[
-        "params"
-    ]
+    module = family_of(config).Module(config)
+    shapes = jax.eval_shape(lambda key: nn.unbox(module.init(key, tokens)), jax.random.key(0))
+    return shapes["params"]
 
 
 def _flat(tree) -> dict[str, Any]:
@@ -121,9 +121,9 @@ class _Tensor(NamedTuple):
     shape: tuple[int, ...]  # as published
 
 
-def _tensors(shapes) -> list[_Tensor]:
+def _tensors(config: Any, shapes) -> list[_Tensor]:
     """Every tensor of a model, in the order of our parameters and their layers."""
-    rows, tensors = {row.path: row for row in ROWS}, []
+    rows, tensors = {row.path: row for row in family_of(config).rows}, []
     for path, leaf in shapes.items():
         row = rows[path]
         stacked = "{i}" in row.name
@@ -134,10 +134,10 @@ def _tensors(shapes) -> list[_Tensor]:
     return tensors
 
 
-def read_folder(folder: epath.Path, config: ModelConfig, dtype, shardings):
+def read_folder(folder: epath.Path, config: Any, dtype, shardings):
     shapes = param_shapes(config)
     flat = _flat(shapes)
-    tensors = _tensors(flat)
+    tensors = _tensors(config, flat)
     with contextlib.ExitStack() as stack:
         folder = local(folder)
         files, problems = _open(folder, stack)

@@ -1,33 +1,50 @@
-"""compile.__main__."""
+"""Compiles the very step of a config for a TPU pod that is not there.
+
+python -m llada_jax.compile --config=FILE --topology=v5p:2x2x4 [--slices=2] [--json]
+
+Needs the TPU compiler (`pip install libtpu`, or the extra `tpu`), no TPU. Memory is what the compiler
+allots on a chip, FLOPs are by formula, and the step time is what the chip's peak rates would allow: a
+bound, not a forecast.
+"""
 
 import json
 import sys
+from argparse import Namespace
 
-from absl import flags
+import jax
 
+from llada_jax import cli
 from llada_jax.compile.step import compile_step, plan_for
-from llada_jax.compile.summary import lines, report
+from llada_jax.compile.summary import as_text, report
 from llada_jax.compile.target import topology
+from llada_jax.train.settings import describe_keys
 
 
-def main(argv):
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected argument {argv[1]!r}; settings are --config.name=value")
-    try:
-        devices, chip = topology(_TOPOLOGY.value, _SLICES.value)
-        config = flags.FLAGS.config
-        plan = plan_for(config, devices)
-        compiled, seconds = compile_step(plan)
-        found = report(plan, _TOPOLOGY.value, chip, compiled, seconds)
-    except (ValueError, OSError, ImportError, MemoryError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
-    print(json.dumps(found, indent=1) if _JSON.value else lines(found))
+def parser() -> cli.Parser:
+    """The flags of the command."""
+    parser = cli.Parser("compile", __doc__)
+    parser.take_config(describe_keys)
+    parser.add_argument(
+        "--topology",
+        required=True,
+        help="GENERATION:AxB[xC], the chips of one slice, e.g. v5p:2x2x4, v6e:4x4, v5e:8x8",
+    )
+    parser.add_argument(
+        "--slices", type=int, default=1, help="slices, with the data-center network between them"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
 
 
-_TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "GENERATION:AxB[xC] of one slice, e.g. v5p:2x2x4, v6e:4x4, v5e:8x8."
-)
-_SLICES = flags.DEFINE_integer(
-    "slices", 1, "Slices of that topology, with the data-center network between them."
-)
-_JSON = flags.DEFINE_bool("json", False, "Print JSON.")
+def main(args: Namespace):
+    """Does what the flags say."""
+    jax.config.update("jax_platforms", "cpu")
+    devices, chip = topology(args.topology, args.slices)
+    plan = plan_for(args.config, devices)
+    compiled, seconds = compile_step(plan)
+    found = report(plan, args.topology, chip, compiled, seconds)
+    print(json.dumps(found, indent=1) if args.json else as_text(found))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, parser()))

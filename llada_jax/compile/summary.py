@@ -5,25 +5,26 @@ import re
 from llada_jax.chips import Chip
 from llada_jax.compile.hlo import Program
 from llada_jax.parallel import mesh as mesh_lib
-from llada_jax.train.cost import forward_passes, pass_flops
-from llada_jax.train.experiment import Plan
+from llada_jax.train.cost import computes_reference, forward_passes, pass_flops
+from llada_jax.train.experiment import Experiment
 
 GIB = 2**30
 
 
-def too_large(plan: Plan, message: str) -> str:
-    c, chunk = plan.config, plan.settings.mc_chunk or plan.settings.scheme.n
-    section = "vrpo" if c.objective == "vrpo" else "denoising"
+def too_large(plan: Experiment, message: str) -> str:
+    """The compiler's refusal in one line, with the first remedy that applies."""
+    chunk, accumulate = plan.settings.mc_chunk or plan.settings.scheme.n, plan.optimizer.accumulate
+    section, remat = plan.objective.section, plan.model.remat
     remedies = [
         (chunk > 1, f"{section}.mc_chunk=1 (now {chunk} draws at a time)"),
-        (c.model.remat != "full", f'model.remat="full" (now "{c.model.remat}")'),
+        (remat != "full", f'model.remat="full" (now "{remat}")'),
         (
-            c.data.batch_rows > mesh_lib.row_shards(plan.mesh) * c.optimizer.accumulate,
-            f"a larger optimizer.accumulate (now {c.optimizer.accumulate}) or mesh.fsdp",
+            plan.data.batch_rows > mesh_lib.row_shards(plan.mesh) * accumulate,
+            f"a larger optimizer.accumulate (now {accumulate}) or mesh.fsdp",
         ),
         (
-            c.objective == "vrpo" and c.vrpo.reference == "model",
-            'vrpo.reference="cached" (now the reference policy is beside the policy)',
+            computes_reference(plan),
+            f'{section}.reference="cached" (now the reference policy is beside the policy)',
         ),
         (
             plan.mesh.shape["data"] > 1,
@@ -32,23 +33,28 @@ def too_large(plan: Plan, message: str) -> str:
         (True, "more chips"),
     ]
     advice = next(text for applies, text in remedies if applies)
+    short = " ".join(message.split())[:200]
     if "vmem" in message.lower():  # a kernel's own memory on the chip
-        return f'a kernel does not fit the chip ({" ".join(message.split())[:200]}): try model.attention="xla"'
-    # "The total memory required for HLO temporaries (18.21G)": arguments are in it, whatever the words say (found by
-    # compiling programs that are all arguments).
+        return f'a kernel does not fit the chip ({short}): try model.attention="xla"'
+    # "The total memory required for HLO temporaries (18.21G)" counts the arguments too: programs that
+    # are all arguments, when compiled, show it.
     sizes = re.findall(r"([\d.]+)([GM])", message)
     gib = [float(number) / (1024 if unit == "M" else 1) for number, unit in sizes]
     if len(gib) < 2:
-        return f"the step does not fit a chip's memory ({' '.join(message.split())[:200]}): try {advice}"
-    return f"the step needs {gib[0]:.2f} GiB on a chip that has {gib[1]:.2f}, {gib[0] - gib[1]:.2f} too many: try {advice}"
+        return f"the step does not fit a chip's memory ({short}): try {advice}"
+    return (
+        f"the step needs {gib[0]:.2f} GiB on a chip that has {gib[1]:.2f}, "
+        f"{gib[0] - gib[1]:.2f} too many: try {advice}"
+    )
 
 
-def report(plan: Plan, name: str, chip: Chip, compiled, seconds: float) -> dict:
+def report(plan: Experiment, name: str, chip: Chip, compiled, seconds: float) -> dict:
     """What the compiled step needs and what the chip's peak rates imply."""
-    c, chips = plan.config, plan.mesh.devices.size
+    chips, rows, length = plan.mesh.devices.size, plan.data.batch_rows, plan.row_length
     program = Program(compiled.as_text())
     memory = compiled.memory_analysis()
-    # The peak counts arguments (a donated one once) and temporaries; it is what the compiler holds against the chip.
+    # The peak counts arguments (a donated one once) and temporaries. The compiler compares it with
+    # the chip's memory.
     total, arguments = memory.peak_memory_in_bytes, memory.argument_size_in_bytes
     passes, why = forward_passes(plan)
     flops = passes * pass_flops(plan)
@@ -69,9 +75,9 @@ def report(plan: Plan, name: str, chip: Chip, compiled, seconds: float) -> dict:
         "chips": chips,
         "slices": slices,
         "mesh": dict(plan.mesh.shape),
-        "objective": c.objective,
-        "batch_rows": c.data.batch_rows,
-        "row_length": c.data.row_length,
+        "objective": plan.objective.name,
+        "batch_rows": rows,
+        "row_length": length,
         "draws": plan.settings.scheme.n,
         "mc_chunk": plan.settings.mc_chunk or plan.settings.scheme.n,
         "attention": plan.attention()[0],
@@ -90,11 +96,12 @@ def report(plan: Plan, name: str, chip: Chip, compiled, seconds: float) -> dict:
         "passes": f"{passes}: {why}",
         "implied_seconds": times,
         "binds": binds,
-        "tokens_per_second": c.data.batch_rows * c.data.row_length / times[binds],
+        "tokens_per_second": rows * length / times[binds],
     }
 
 
-def lines(found: dict) -> str:
+def as_text(found: dict) -> str:
+    """A report for a terminal."""
     memory, times = found["memory"], found["implied_seconds"]
     collectives = "; ".join(
         f"{kind} {x['calls']:,} times, {x['bytes'] / GIB:.2f} GiB"

@@ -12,11 +12,14 @@ from llada_jax.data.rows import Rows
 class Loader(Iterator[Batch]):
     """Iterator of batches; `next_index` is the global index of the next row, the loader's whole state."""
 
-    def __init__(self, batches: grain.IterDataset, start: int, batch_rows: int):
+    def __init__(
+        self, batches: grain.IterDataset, start: int, batch_rows: int, num_segments: int
+    ):
         self._batches, self._batch_rows, self.next_index = iter(batches), batch_rows, start
+        self._num_segments = num_segments
 
     def __next__(self) -> Batch:
-        batch = Batch(**next(self._batches))
+        batch = Batch(**next(self._batches), num_segments=self._num_segments)
         self.next_index += self._batch_rows
         return batch
 
@@ -32,6 +35,7 @@ def loader(
     pad: bool = False,
     shard_index: int = 0,
     shard_count: int = 1,
+    num_segments: int = 0,
     threads: int = 8,
 ) -> Loader:
     """Batches of `batch_rows` rows over all shards, in numpy arrays; this shard gets batch_rows / shard_count of them.
@@ -39,6 +43,7 @@ def loader(
     The global batch at row index k (k = step * batch_rows) is a function of rows, seed and k; a shard takes its rows
     [shard_index::shard_count]. Each epoch is shuffled anew. epochs=None repeats for ever; else a last partial batch is
     dropped, or with `pad` filled up with empty rows (segment_ids 0, row_ids -1). `start`: the index to go on from.
+    `num_segments` of the batches; 0: as many as the rows have at most.
     """
     if batch_rows < 1 or batch_rows % shard_count or not 0 <= shard_index < shard_count:
         raise ValueError(
@@ -70,7 +75,7 @@ def loader(
     options = grain.ReadOptions(
         num_threads=threads, prefetch_buffer_size=max(threads, 2 * local_rows)
     )
-    return Loader(indices.map(row).to_iter_dataset(options).batch(local_rows), start, batch_rows)
+    return Loader(indices.map(row).to_iter_dataset(options).batch(local_rows), start, batch_rows, num_segments or rows.num_segments)
 
 
 def _padded(

@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from llada_jax import config
+from llada_jax.config import key
 from llada_jax.data.records import FIELDS, BadRecord, BadRecords, normalise, parse
 from llada_jax.data.sources import raw_records
 from llada_jax.data.templates import encode_prompt
@@ -25,35 +27,34 @@ REPORT_SECONDS = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """What becomes of a source, part of the cache key; `data.prepare` says what each means. ValueError for nonsense."""
+class Packing:
+    """How records become rows; all of it is part of the cache key. Raises ValueError for nonsense.
 
-    kind: str
-    row_length: int
-    template: str
-    append_eos: bool
-    answer_multiple: int
-    too_long: str
-    bad_records: str
-    holdout: float
-    split: str
-    limit: int
+    `kind` is "preference" (pairs), "sft" (a prompt and a response) or "text" (documents between bos
+    and EOS, laid end to end and cut into rows; the last short row is dropped, and `template` and
+    `too_long` do not matter). A pair takes the tokens of both responses and twice its prompt.
+    `too_long="truncate"` cuts the end of the longer response first, then of both; an EOS goes with the
+    end. A prompt that leaves no room, and a pair whose responses become equal, are dropped all the
+    same. The fields keep this order: the cache key depends on it.
+    """
+
+    kind: str = key("preference", given=True)
+    row_length: int = 4096  # tokens of a row
+    template: str = "chat"  # of a prompt: "chat" or "plain"
+    append_eos: bool = True  # a response or document ends with EOS
+    # sft: EOS pads a response, as part of it, to a multiple; row_length: the published form
+    answer_multiple: int = 1
+    too_long: str = "drop"  # a sample that is longer than a row; or "truncate"
+    bad_records: str = "stop"  # with an error that names the first; or "skip", and count them
+    holdout: float = 0.0  # share of the records that is held out
+    split: str = key("train", given=True)  # or "heldout"
+    limit: int = 0  # records of the source to read, before the split; 0: all
 
     def __post_init__(self):
-        for name, values in (
-            ("kind", ("preference", "sft", "text")),
-            ("template", ("chat", "plain")),
-            ("too_long", ("drop", "truncate")),
-            ("bad_records", ("stop", "skip")),
-            ("split", ("train", "heldout")),
-        ):
-            if getattr(self, name) not in values:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(values)}"
-                )
-        for name, least in (("row_length", 2), ("answer_multiple", 1), ("limit", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} is too small; use at least {least}")
+        config.one_of(self, kind=("preference", "sft", "text"), template=("chat", "plain"))
+        config.one_of(self, too_long=("drop", "truncate"), bad_records=("stop", "skip"))
+        config.one_of(self, split=("train", "heldout"))
+        config.at_least(self, row_length=2, answer_multiple=1, limit=0)
         if self.answer_multiple > 1 and self.kind != "sft":
             raise ValueError(
                 f'answer_multiple={self.answer_multiple} is for kind="sft"; use 1 for {self.kind!r}'
@@ -104,7 +105,7 @@ class Stats:
 class Packer:
     """One pass over a source: records to samples to rows, counted in `stats`."""
 
-    def __init__(self, source: str, tokenizer: Tokenizer, settings: Settings):
+    def __init__(self, source: str, tokenizer: Tokenizer, settings: Packing):
         self.source, self.tokenizer, self.settings = source, tokenizer, settings
         self.stats = Stats(settings.row_length)
         self.bad = BadRecords(settings.bad_records)

@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from llada_jax.data.packing import Packer, Settings, Stats
+from llada_jax.data.packing import Packer, Packing, Stats
 from llada_jax.data.sources import identify
 from llada_jax.tokenizer import Tokenizer
 
@@ -87,48 +87,13 @@ class Rows(Sequence):
 
 
 def prepare(
-    source: str,
-    kind: str,
-    tokenizer: Tokenizer,
-    *,
-    row_length: int,
-    cache_dir: str | os.PathLike,
-    template: str = "chat",
-    append_eos: bool = True,
-    answer_multiple: int = 1,
-    too_long: str = "drop",
-    bad_records: str = "stop",
-    holdout: float = 0.0,
-    split: str = "train",
-    limit: int = 0,
+    source: str, tokenizer: Tokenizer, packing: Packing, *, cache_dir: str | os.PathLike
 ) -> Rows:
-    """Packs a source into rows of at most `row_length` tokens under cache_dir/<hash>, or opens those already there.
+    """Packs a source into rows under cache_dir/<hash>, or opens the rows that are there already.
 
-    kind: "preference" (pairs), "sft" (a prompt and a response) or "text" (documents, between bos and EOS, laid end to
-        end and cut into rows; the last short row is dropped; `template` and `too_long` do not matter).
-    template: see `encode_prompt`. append_eos: a response or document ends with EOS.
-    answer_multiple: ("sft") EOS pads the response, as part of it, to a multiple of so many tokens, never past the row;
-        row_length gives the published form, one sample a row.
-    too_long: what happens to a sample (for "preference" a pair, twice its prompt and both responses) that is longer
-        than a row: "drop", or "truncate", which cuts the end of the longer response, then of both; an EOS goes with
-        the end. A prompt that leaves no room, or a pair whose responses become equal, is dropped all the same.
-    bad_records: "stop" with an error that names the first, or "skip" and count them.
-    holdout, split: this fraction of the records is "heldout", the others are "train".
-    limit: only so many records of the source, before they are split; 0 is all.
-    ValueError or FileNotFoundError, in one line, for a source that gives no row. cache_dir is a local directory.
+    `cache_dir` is on a local disk. Raises ValueError or FileNotFoundError, in one line, for a source
+    that gives no row.
     """
-    settings = Settings(
-        kind,
-        row_length,
-        template,
-        append_eos,
-        answer_multiple,
-        too_long,
-        bad_records,
-        holdout,
-        split,
-        limit,
-    )
     if "://" in os.fspath(cache_dir):
         raise ValueError(
             f"cache_dir={cache_dir} is not local, and ArrayRecord reads local files; use a local directory"
@@ -138,13 +103,13 @@ def prepare(
             "rows are padded with EOS, which this tokenizer does not have; use one with <|endoftext|>"
         )
     digest = hashlib.sha256(
-        f"{FORMAT} {tokenizer.fingerprint} {dataclasses.asdict(settings)}".encode()
+        f"{FORMAT} {tokenizer.fingerprint} {dataclasses.asdict(packing)}".encode()
     )
-    identify(source, digest, limit)
+    identify(source, digest, packing.limit)
     fingerprint = digest.hexdigest()[:20]
     directory = epath.Path(cache_dir).expanduser() / fingerprint
     if not directory.exists():
-        _write(Packer(source, tokenizer, settings), directory, fingerprint)
+        _write(Packer(source, tokenizer, packing), directory, fingerprint)
     return Rows(directory)
 
 

@@ -1,62 +1,36 @@
-"""Held-out metrics with their standard errors."""
+"""Held-out metrics with their standard errors, for every objective."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import flax.linen as nn
 import jax
-from jaxtyping import Array
 
-from llada_jax import losses
 from llada_jax.batch import Batch
 from llada_jax.metrics import Mean
-from llada_jax.models.llada import LLaDA
-from llada_jax.noise import Scheme
-from llada_jax.objectives import preference
-from llada_jax.objectives import terms as terms_lib
-from llada_jax.objectives.preference import Preference
+from llada_jax.objectives import Objective
 
 
-def preference_metrics(
+def heldout_metrics(
     params: Any,
     batch: Batch,
-    reference: Array,
+    frozen: Any,
     *,
-    model: LLaDA,
-    settings: Preference,
-    num_segments: int,
+    objective: Objective,
+    model: nn.Module,
+    settings: Any,
     axis_name: str | None = None,
 ) -> dict[str, Mean]:
-    """Means over the pairs of a batch of all that `steps.score_pairs` gives; `reference` as there.
+    """Means over the examples of a batch of all that `objective.examples` gives.
 
-    `axis_name`: of a mapped axis that splits the rows of the batch; None where `batch` holds them all.
+    `frozen` is as there. `axis_name` is a mapped axis that splits the rows of the batch; it is None
+    if `batch` holds all rows.
     """
-    metrics, is_pair = preference.score_pairs(
-        params, batch, reference, model=model, settings=settings, num_segments=num_segments
-    )
+    examples = objective.examples(params, batch, frozen, model=model, settings=settings)
+    mask = objective.is_example(batch)
     return {
-        name: Mean.of(value, is_pair).over_devices(axis_name) for name, value in metrics.items()
+        name: Mean.of(value, mask).over_devices(axis_name) for name, value in examples.items()
     }
-
-
-def denoising_metrics(
-    params: Any,
-    batch: Batch,
-    *,
-    model: LLaDA,
-    scheme: Scheme,
-    seed: int,
-    num_segments: int,
-    chunk: int = 0,
-    axis_name: str | None = None,
-) -> dict[str, Mean]:
-    """Mean over the samples of a batch of the ELBO in nats a response token; `axis_name` as in `preference_metrics`."""
-    drawn = terms_lib.draw(batch, scheme, seed=seed, stream="evaluate", num_segments=num_segments)
-    terms = terms_lib.model_terms(
-        model, params, batch, drawn, num_segments=num_segments, chunk=chunk
-    )
-    lengths = terms_lib.segment_lengths(batch, num_segments)
-    found = Mean.of(-losses.denoising_loss(terms.mean(0), lengths), lengths > 0)
-    return {"elbo_per_token": found.over_devices(axis_name)}
 
 
 def over_batches(

@@ -1,14 +1,14 @@
 """LLaDA in Flax linen: the configuration, the transformer, and log-probabilities of target tokens."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from llada_jax.models import attention as attention_lib
-from llada_jax.models.family import Row
+from llada_jax.models.family import Family, Row
 from llada_jax.models.layers import REMAT, Linear, RMSNorm, constrain, rotate
 from llada_jax.models.logps import chunked_logps, head_logits
 
@@ -39,6 +39,8 @@ _REQUIRED = ("d_model", "n_heads", "n_layers", "vocab_size", "mask_token_id")
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The architecture, under the checkpoint's own field names (`config.json` of the published models)."""
+
+    model_type: ClassVar[str] = "llada"
 
     d_model: int
     n_heads: int
@@ -130,7 +132,7 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The published `config.json`, fixed keys included, which `from_dict` reads back."""
-        head = {"architectures": ["LLaDAModelLM"], "model_type": "llada"}
+        head = {"architectures": ["LLaDAModelLM"], "model_type": self.model_type}
         return {**head, **_FIXED, **dataclasses.asdict(self)}
 
 
@@ -313,4 +315,33 @@ ROWS = (
     *(Row(f"blocks/{name}/kernel", f"{_BLOCK}{name}.weight", True) for name in _LINEAR),
     Row("ln_f/scale", "model.transformer.ln_f.weight", False),
     Row("ff_out/kernel", "model.transformer.ff_out.weight", True),
+)
+
+LLADA = Family(
+    Config=ModelConfig,
+    Module=LLaDA,
+    rows=ROWS,
+    num_params=num_params,
+    flops_per_token=flops_per_token,
+    activation_width=lambda c: 6 * c.d_model + 3 * c.mlp_hidden_size,
+    architecture=(
+        "d_model",
+        "n_heads",
+        "n_kv_heads",
+        "n_layers",
+        "mlp_hidden_size",
+        "vocab_size",
+        "embedding_size",
+        "weight_tying",
+        "rope_theta",
+        "rms_norm_eps",
+        "mask_token_id",
+    ),
+    splits={
+        "n_heads": "tensor",
+        "n_kv_heads": "tensor",
+        "mlp_hidden_size": "tensor",
+        "embedding_size": "tensor",
+        "d_model": "fsdp",
+    },
 )

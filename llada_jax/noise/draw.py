@@ -49,8 +49,8 @@ def draw_row(
     )
     masked, inverse = MASKS[scheme.masks].draw(scores, t, segments, scheme.eps)
     masked = masked & response_mask
-    per_token = (jax.vmap(per_token, (0, None))(x, segments) for x in (inverse, ratio, expected))
-    draws = Draws(masked, *per_token, segments, jnp.asarray(scheme._independent()))
+    of_tokens = (jax.vmap(per_token, (0, None))(x, segments) for x in (inverse, ratio, expected))
+    draws = Draws(masked, *of_tokens, segments, jnp.asarray(scheme._independent()))
     weights = WEIGHTS[scheme.weights].weigh(draws, scheme.pseudo_count)
     return Noise(masked, weights)
 

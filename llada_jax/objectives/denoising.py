@@ -1,26 +1,77 @@
-"""Pre-training and supervised fine-tuning: the denoising cross-entropy."""
+"""Pre-training and supervised fine-tuning: the denoising cross-entropy of one response a segment."""
 
 import dataclasses
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool
 
-from llada_jax import noise
+from llada_jax import losses, noise
 from llada_jax.batch import Batch
+from llada_jax.config import key
+from llada_jax.objectives.objective import Examples, Objective, check_chunk
+from llada_jax.objectives.terms import draw, model_terms, segment_lengths
 
 
 @dataclasses.dataclass(frozen=True)
 class Denoising:
-    """What SFT and pre-training compute: the published Bernoulli masks, and rows cut short for pre-training."""
+    """How the denoising loss is estimated: one draw of Bernoulli masks, as published."""
 
     scheme: noise.Scheme = noise.Scheme(n_t=1, masks="bernoulli", eps=1e-3)
+    mc_chunk: int = key(0, changes_result=False)  # draws at a time; 0: all
+    seed: int = key(0, given=True)
+    stream: str = key("policy", given=True)
+
+    def __post_init__(self):
+        check_chunk(self)
+        if self.scheme.share_in_pair != "nothing":
+            raise ValueError(
+                f"share_in_pair={self.scheme.share_in_pair!r} is for pairs: samples share nothing"
+            )
+
+    def for_heldout(self, n_t: int) -> "Denoising":
+        """The settings for held-out samples: the same good estimator, whatever the training uses."""
+        return Denoising(noise.Scheme(n_t), mc_chunk=1, seed=self.seed, stream="evaluate")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretraining(Denoising):
+    """The denoising loss on plain text, some rows of which are cut short."""
+
     crop_probability: float = 0.0  # of a row being cut to a uniformly random length
-    mc_chunk: int = 0
-    seed: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.crop_probability <= 1:
+            raise ValueError(
+                f"crop_probability={self.crop_probability} is no probability: at least 0, at most 1"
+            )
 
 
-def crop(batch: Batch, settings: Denoising) -> Batch:
-    """Cuts a row to a random length with probability `crop_probability`: what is beyond becomes padding."""
+def is_sample(batch: Batch) -> Bool[Array, "r s"]:
+    """Which of the s segments of a row hold a sample."""
+    return segment_lengths(batch) > 0
+
+
+def score_samples(
+    params: Any, batch: Batch, frozen: None, *, model: nn.Module, settings: Denoising
+) -> Examples:
+    """Loss of every sample, [r, s]: the sum over masked of CE / p, over the response length (spec).
+
+    A row of pre-training is one segment that is all response, so the same formula is "divided by
+    batch x length".
+    """
+    del frozen
+    drawn = draw(batch, settings.scheme, seed=settings.seed, stream=settings.stream)
+    terms = model_terms(model, params, batch, drawn, chunk=settings.mc_chunk)
+    loss = losses.denoising_loss(terms.mean(0), segment_lengths(batch))
+    return {"loss": loss, "elbo_per_token": -loss}
+
+
+def crop(batch: Batch, settings: Pretraining) -> Batch:
+    """Cuts a row to a random length with probability `crop_probability`; the rest is padding."""
     if not settings.crop_probability:
         return batch
     keys = noise.row_keys(noise.stream_key(settings.seed, "crop"), batch.row_ids, batch.epochs)
@@ -35,3 +86,18 @@ def crop(batch: Batch, settings: Denoising) -> Batch:
     return batch.replace(
         segment_ids=jnp.where(kept, batch.segment_ids, 0), response_mask=batch.response_mask & kept
     )
+
+
+SFT = Objective(
+    "sft",
+    section="denoising",
+    records="sft",
+    unit="samples",
+    Settings=Denoising,
+    is_example=is_sample,
+    examples=score_samples,
+    heldout=("elbo_per_token",),
+)
+PRETRAIN = dataclasses.replace(
+    SFT, name="pretrain", records="text", Settings=Pretraining, prepare=crop
+)

@@ -3,95 +3,127 @@
 import dataclasses
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32
 
 from llada_jax import elbo, losses, noise
 from llada_jax.batch import Batch
-from llada_jax.models.llada import LLaDA
-from llada_jax.objectives.terms import Metrics, draw, model_terms, segment_lengths
+from llada_jax.config import key
+from llada_jax.objectives.objective import Examples, Objective, check_chunk
+from llada_jax.objectives.terms import draw, model_terms, segment_lengths
 
 
 @dataclasses.dataclass(frozen=True)
 class Preference:
-    """What VRPO computes: the loss, how its ELBOs are estimated, and how that is split."""
+    """The loss, how its ELBOs are estimated, and how many draws go through the model at a time."""
 
-    beta: float = 0.2
-    kind: str = "sigmoid"
-    label_smoothing: float = 0.0
+    beta: float = 0.2  # how far the policy may move from the reference: larger keeps it closer
+    kind: str = "sigmoid"  # the loss of a score: a name in losses.LOSSES
+    label_smoothing: float = 0.0  # share of pairs whose labels are wrong; kinds sigmoid and robust
     sft_weight: float = 0.05  # of the denoising loss on the winner, from the same terms
-    share_noise: bool = True  # the paper's antithetic sampling
+    share_noise: bool = True  # policy and reference see the same masks: the paper's antithetic sampling
     scheme: noise.Scheme = noise.Scheme()
-    mc_chunk: int = 0  # draws at a time, 0: all
-    seed: int = 0
-    stream: str = "policy"  # of the policy's noise
+    mc_chunk: int = key(0, changes_result=False)  # draws at a time; 0: all
+    seed: int = key(0, given=True)
+    stream: str = key("policy", given=True)  # of the policy's noise
 
     def __post_init__(self):
         losses.check_preference(self.beta, self.kind, self.label_smoothing)
-        if self.mc_chunk < 0 or (self.mc_chunk and self.scheme.n % self.mc_chunk):
-            raise ValueError(
-                f"mc_chunk={self.mc_chunk} does not divide n_t x n_yt = {self.scheme.n}: choose a divisor"
-            )
+        check_chunk(self)
+
+    def for_heldout(self, n_t: int) -> "Preference":
+        """The settings for held-out pairs: the same good estimator, whatever the training uses."""
+        scheme = noise.Scheme(n_t)
+        return dataclasses.replace(
+            self, share_noise=True, scheme=scheme, mc_chunk=1, stream="evaluate"
+        )
+
+
+def is_pair(batch: Batch) -> Bool[Array, "r p"]:
+    """Which of the p places of a row hold a pair."""
+    return segment_lengths(batch)[:, 0::2] > 0
 
 
 def reference_terms(
-    params: Any, batch: Batch, *, model: LLaDA, settings: Preference, num_segments: int
+    params: Any, batch: Batch, *, model: nn.Module, settings: Preference
 ) -> Float32[Array, "r n s"]:
-    """The reference policy's terms at the masks that `vrpo_step` draws for this batch: what a cache stores by row."""
+    """The reference policy's terms at the masks that `score_pairs` draws for this batch."""
     stream = settings.stream if settings.share_noise else "reference"
-    drawn = draw(
-        batch, settings.scheme, seed=settings.seed, stream=stream, num_segments=num_segments
-    )
-    terms = model_terms(
-        model, params, batch, drawn, num_segments=num_segments, chunk=settings.mc_chunk
-    )
+    drawn = draw(batch, settings.scheme, seed=settings.seed, stream=stream)
+    terms = model_terms(model, params, batch, drawn, chunk=settings.mc_chunk)
     return jax.lax.stop_gradient(jnp.moveaxis(terms, 0, 1))
 
 
 def score_pairs(
-    params: Any,
-    batch: Batch,
-    reference: Float32[Array, "r n s"],
-    *,
-    model: LLaDA,
-    settings: Preference,
-    num_segments: int,
-) -> tuple[Metrics, Bool[Array, "r p"]]:
-    """Loss and metrics of every pair, [r, p] each, and which of the p places of a row hold a pair (equations 6, 8).
+    params: Any, batch: Batch, frozen: Any, *, model: nn.Module, settings: Preference
+) -> Examples:
+    """Loss and metrics of every pair, [r, p] each (equations 6 and 8).
 
-    `reference` holds the terms of the reference policy for this batch (`reference_terms`). "score/mc_variance" is there
-    where a scheme's own draws tell it (`elbo.error_is_known`).
+    `frozen` holds the reference policy's parameters, or is None if `batch.reference` has its terms.
+    "score/mc_variance" is there if a scheme's own draws tell it (`elbo.error_is_known`).
     """
     scheme = settings.scheme
-    drawn = draw(
-        batch, scheme, seed=settings.seed, stream=settings.stream, num_segments=num_segments
-    )
-    terms = model_terms(
-        model, params, batch, drawn, num_segments=num_segments, chunk=settings.mc_chunk
-    )
+    reference = batch.reference
+    if reference is None:
+        reference = reference_terms(frozen, batch, model=model, settings=settings)
+    drawn = draw(batch, scheme, seed=settings.seed, stream=settings.stream)
+    terms = model_terms(model, params, batch, drawn, chunk=settings.mc_chunk)
     reference = jnp.moveaxis(reference, 1, 0)
-    policy, frozen = terms.mean(0), reference.mean(0)
-    lengths = segment_lengths(batch, num_segments)
+    policy, fixed = terms.mean(0), reference.mean(0)
     loss, metrics = losses.preference_loss(
         policy[:, 0::2],
         policy[:, 1::2],
-        frozen[:, 0::2],
-        frozen[:, 1::2],
+        fixed[:, 0::2],
+        fixed[:, 1::2],
         beta=settings.beta,
         kind=settings.kind,
         label_smoothing=settings.label_smoothing,
     )
-    denoising = losses.denoising_loss(policy, lengths)
+    denoising = losses.denoising_loss(policy, segment_lengths(batch))
+    winner = denoising[:, 0::2]
     metrics |= {
+        "loss": loss + settings.sft_weight * winner,
         "loss/preference": loss,
-        "loss/sft": denoising[:, 0::2],
+        "loss/sft": winner,
         "loss/sft_rejected": denoising[:, 1::2],
     }
     if elbo.error_is_known(scheme):
-        # From the spread of each score's own draws: what winner and loser, policy and reference share is in it or not.
+        # The spread of a score's own draws holds the noise that winner and loser, policy and
+        # reference share, exactly as the score does.
         ratio = terms - reference
         draws = settings.beta * (ratio[..., 0::2] - ratio[..., 1::2])
         errors = elbo.standard_error(draws.reshape(scheme.n_t, scheme.n_yt, *draws.shape[1:]))
         metrics["score/mc_variance"] = jnp.square(errors)
-    return metrics, lengths[:, 0::2] > 0
+    return metrics
+
+
+def _error_of_the_score(means: dict[str, Array]) -> dict[str, Array]:
+    if "score/mc_variance" not in means:
+        return {}
+    return {"score/mc_stderr": jnp.sqrt(means["score/mc_variance"])}
+
+
+VRPO = Objective(
+    "vrpo",
+    section="vrpo",
+    records="preference",
+    unit="pairs",
+    Settings=Preference,
+    is_example=is_pair,
+    examples=score_pairs,
+    summary=_error_of_the_score,
+    reference_terms=reference_terms,
+    segments_per_example=2,
+    shown=("loss", "rewards/accuracies", "rewards/margins"),
+    heldout=(
+        "rewards/accuracies",
+        "rewards/margins",
+        "loss/preference",
+        "loss/sft",
+        "loss/sft_rejected",
+        "score/mc_variance",
+        "score_variance",
+    ),
+)

@@ -2,24 +2,23 @@
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
 from llada_jax import elbo, noise
 from llada_jax.batch import Batch
-from llada_jax.models.llada import LLaDA
 
 Metrics = dict[str, Array]
 
 
 def model_terms(
-    model: LLaDA,
+    model: nn.Module,
     params: Any,
     batch: Batch,
     drawn: noise.Noise,
     *,
-    num_segments: int,
     chunk: int = 0,
 ) -> Float32[Array, "n r s"]:
     """The ELBO terms of every draw and segment of a batch under `params`."""
@@ -52,23 +51,25 @@ def model_terms(
         drawn,
         batch.tokens,
         batch.segment_ids,
-        num_segments=num_segments,
+        num_segments=batch.num_segments,
         mask_id=model.config.mask_token_id,
         chunk=chunk,
     )
 
 
-def draw(
-    batch: Batch, scheme: noise.Scheme, *, seed: int, stream: str, num_segments: int
-) -> noise.Noise:
+def draw(batch: Batch, scheme: noise.Scheme, *, seed: int, stream: str) -> noise.Noise:
     """The noise of a batch: a function of seed, stream, row, epoch and draw alone."""
     keys = noise.row_keys(noise.stream_key(seed, stream), batch.row_ids, batch.epochs)
     return noise.draw_rows(
-        keys, batch.response_mask, batch.segment_ids, num_segments=num_segments, scheme=scheme
+        keys,
+        batch.response_mask,
+        batch.segment_ids,
+        num_segments=batch.num_segments,
+        scheme=scheme,
     )
 
 
-def segment_lengths(batch: Batch, num_segments: int) -> Float32[Array, "r s"]:
+def segment_lengths(batch: Batch) -> Float32[Array, "r s"]:
     """Response tokens of each segment."""
-    of_segment = batch.segment_ids[..., None] == jnp.arange(1, num_segments + 1)
+    of_segment = batch.segment_ids[..., None] == jnp.arange(1, batch.num_segments + 1)
     return jnp.sum(of_segment & batch.response_mask[..., None], axis=1).astype(jnp.float32)

@@ -78,9 +78,7 @@ def once_per_disk(directory: epath.PathLike, make: Callable[[], T]) -> T:
         finally:
             if others:
                 # Renamed when whole, so that nobody reads half of it.
-                partial = outcome.with_name(outcome.name + ".part")
-                partial.write_text(error)
-                partial.rename(outcome)
+                write_whole(outcome, error)
                 _wait(lambda: len(list(directory.glob(f"{read}*"))) == len(others), seconds=60)
                 for path in (outcome, *directory.glob(f"{read}*")):
                     with contextlib.suppress(FileNotFoundError):

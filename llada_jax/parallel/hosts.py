@@ -152,16 +152,17 @@ def say(text: str):
         print(text, flush=True)
 
 
-def fail(text: str):
+def fail(text: str, status: int = 1):
     """Ends this process with a line and status 1.
 
     One of several does not end in the ordinary way, where JAX would wait for the others, which may be waiting for it.
     """
     if not jax.distributed.is_initialized():
-        sys.exit(text)
+        print(text, file=sys.stderr, flush=True)
+        sys.exit(status)
     print(text, file=sys.stderr, flush=True)
     sys.stdout.flush()
     time.sleep(
         5
     )  # those with the same error can say so, instead of complaining that this one is gone
-    os._exit(1)
+    os._exit(status)

@@ -3,17 +3,15 @@
     python -m llada_jax.sampling --model=DIR --prompt="Why is the sky blue?"
 """
 
-from collections.abc import Sequence
-from llada_jax.checkpoints.loading import open_model
-from llada_jax.checkpoints.loading import special_ids
-from llada_jax.sampling.flags import add_flags
-from llada_jax.sampling.flags import settings_of
-from llada_jax.sampling.responses import sample_responses
-from llada_jax.sampling.responses import trim
 import argparse
-import jax
 import sys
+from collections.abc import Sequence
 
+import jax
+
+from llada_jax.checkpoints.loading import open_model, special_ids
+from llada_jax.sampling.flags import add_flags, settings_of
+from llada_jax.sampling.responses import sample_responses, trim
 
 TEMPLATES = ("chat", "plain", "raw")
 

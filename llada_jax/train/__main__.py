@@ -1,31 +1,40 @@
-"""python -m llada_jax.train --config=FILE [--config.x=y] --workdir=DIR [--dry_run]"""
+"""Trains a model: python -m llada_jax.train --config=FILE [--config.NAME=VALUE] --workdir=DIR.
+
+The same command continues a run that was stopped. On several hosts the same command runs on each.
+"""
 
 import sys
-import traceback
+from argparse import Namespace
 
-from absl import flags
-
-from llada_jax.cli import fail
-from llada_jax.parallel import hosts as hosts_lib
-from llada_jax.train.experiment import make_plan
-from llada_jax.train.loop import train
-from llada_jax.train.summary import describe
+from llada_jax import cli
+from llada_jax.parallel import hosts
+from llada_jax.train import describe, make_plan, train
+from llada_jax.train.settings import describe_keys
 
 
-def main(argv):
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected argument {argv[1]!r}; settings are --config.name=value")
-    try:
-        given = flags.FLAGS
-        hosts_lib.initialize(given.coordinator_address, given.num_processes, given.process_id)
-        given.config.lock()
-        plan = make_plan(given.config, given.workdir, dry_run=given.dry_run)
-        hosts_lib.say(describe(plan))
-        if given.dry_run:
-            return
-        status = train(plan)
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        fail(error)
-    except Exception:
-        hosts_lib.fail(traceback.format_exc())
-    sys.exit(status)
+def parser() -> cli.Parser:
+    """The flags of the command."""
+    parser = cli.Parser("train", __doc__)
+    parser.take_config(describe_keys)
+    parser.add_argument(
+        "--workdir",
+        required=True,
+        help="where checkpoints, metrics and packed rows go; the same one continues its run",
+    )
+    parser.add_argument("--dry_run", action="store_true", help="check, print what would run, end")
+    parser.add_argument("--coordinator_address", help="several processes: HOST:PORT of process 0")
+    parser.add_argument("--num_processes", type=int, help="several processes: how many")
+    parser.add_argument("--process_id", type=int, help="several processes: which one this is")
+    return parser
+
+
+def main(args: Namespace) -> int:
+    """Does what the flags say; returns the exit status."""
+    hosts.initialize(args.coordinator_address, args.num_processes, args.process_id)
+    plan = make_plan(args.config, args.workdir, dry_run=args.dry_run)
+    hosts.say(describe(plan))
+    return 0 if args.dry_run else train(plan)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, parser()))

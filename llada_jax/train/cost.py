@@ -1,23 +1,59 @@
-"""The work of a step by formula."""
+"""The work of a step by formula: FLOPs, forward passes, bytes on a device."""
 
-from llada_jax.models import llada
-from llada_jax.train.experiment import Plan
+import jax.numpy as jnp
 
-
-def pass_flops(plan: Plan) -> int:
-    """Floating-point operations of one forward pass over a whole batch and all its draws, by formula."""
-    c = plan.config
-    positions = c.data.batch_rows * c.data.row_length * plan.settings.scheme.n
-    return positions * llada.flops_per_token(plan.model.config, c.data.row_length)
+from llada_jax import models
+from llada_jax.parallel import mesh as mesh_lib
+from llada_jax.train.experiment import Experiment
 
 
-def forward_passes(plan: Plan, recomputed: bool = True) -> tuple[int, str]:
-    """The work of a step in forward passes, and what they are; not `recomputed`: without what saves memory only."""
+def pass_flops(plan: Experiment) -> int:
+    """Floating-point operations of one forward pass over a whole batch and all its draws."""
+    config, length = plan.model.config, plan.row_length
+    positions = plan.data.batch_rows * length * plan.settings.scheme.n
+    return positions * models.family_of(config).flops_per_token(config, length)
+
+
+def forward_passes(plan: Experiment, recomputed: bool = True) -> tuple[int, str]:
+    """(the work of a step in forward passes, what they are).
+
+    A backward pass counts as two. Without `recomputed`, work that only saves memory does not count.
+    """
     passes, why = 3, "forward, backward"
     if recomputed and plan.model.remat == "full":
         passes, why = passes + 1, why + ", layers again"
     if recomputed and plan.settings.mc_chunk not in (0, plan.settings.scheme.n):
         passes, why = passes + 1, why + ", chunks again"
-    if plan.config.objective == "vrpo" and plan.config.vrpo.reference == "model":
+    if computes_reference(plan):
         passes, why = passes + 1, why + ", reference"
     return passes, why
+
+
+def computes_reference(plan: Experiment) -> bool:
+    """Whether each step runs the reference policy, whose parameters are then on the devices."""
+    return plan.reference is not None and not plan.reference.is_cached
+
+
+def device_bytes(plan: Experiment) -> dict[str, float]:
+    """Bytes on a device: exact for what the state holds, an estimate for activations."""
+    model, shape = plan.model, plan.mesh.shape
+    config, family = model.config, models.family_of(model.config)
+    total, n = sum(family.num_params(config).values()), plan.settings.scheme.n
+    chunk = plan.settings.mc_chunk or n
+    weight, act = jnp.dtype(model.param_dtype).itemsize, jnp.dtype(model.dtype).itemsize
+    shards = shape["fsdp"] * shape["tensor"]
+    positions = plan.rows_at_once // mesh_lib.row_shards(plan.mesh) * chunk * plan.row_length
+    boundary = positions * config.d_model * act  # the input of a layer
+    inner = positions * act * family.activation_width(config) // shape["tensor"]
+    kept = {"none": inner, "dots": inner // 2, "full": 0}[model.remat]
+    logits = positions * min(model.logps_chunk, config.embedding_size) * 4 // shape["tensor"]
+    sizes = {
+        "parameters": total * weight / shards,
+        "Adam moments": 2 * total * weight / shards,
+        # A second one adds up the gradients of the chunks.
+        "gradient": total * weight / shards * (2 if chunk < n else 1),
+        "activations (estimate)": config.n_layers * (boundary + kept) + inner + 2 * logits,
+    }
+    if computes_reference(plan):
+        sizes["reference"] = total * plan.reference_dtype.itemsize / shards
+    return sizes

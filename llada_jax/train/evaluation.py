@@ -1,137 +1,124 @@
-"""The held-out evaluation of a run."""
+"""The evaluation of a run: held-out metrics, and responses that a scorer judges."""
 
 import functools
 import math
 
 import jax
 
-from llada_jax import noise, variance
 from llada_jax.evaluate import heldout, responses
-from llada_jax.parallel import mesh
+from llada_jax.parallel import mesh as mesh_lib
 from llada_jax.parallel.stop import Stop
 from llada_jax.tasks import scorer
-from llada_jax.train.experiment import Plan
-from llada_jax.train.loop import host_loader
-from llada_jax.train.reference import Reference
+from llada_jax.train.experiment import Experiment
+from llada_jax.train.reference import Policy
+from llada_jax.variance.heldout import score_variance
+
+SOLVE_RATE = "solve/rate"
 
 
 class Evaluation:
-    """The held-out metrics of a plan, compiled once."""
+    """The held-out metrics of an experiment, compiled once."""
 
-    def __init__(self, plan: Plan, policy_reference: Reference | None, stop: Stop):
-        self._plan, self._reference, self._stop = plan, policy_reference, stop
-        c = plan.config
-        kwargs = {
-            "model": plan.model,
-            "num_segments": plan.num_segments,
-            "axis_name": plan.parallel.axis_name,
-        }
+    def __init__(self, plan: Experiment, reference: Policy, stop: Stop):
+        self._plan, self._reference, self._stop = plan, reference, stop
         jit = functools.partial(
-            plan.parallel.jit, out_rows=False, out_shardings=mesh.replicated(plan.mesh)
+            plan.parallel.jit,
+            rows=(False, True, False),
+            out_rows=False,
+            out_shardings=mesh_lib.replicated(plan.mesh),
         )
-        if policy_reference is None:
-            # One draw at a time: the memory of training may be that of one.
-            kwargs |= {"scheme": noise.Scheme(c.eval.n_t or 8), "seed": c.seed, "chunk": 1}
-            self._metrics = jit(
-                functools.partial(heldout.denoising_metrics, **kwargs), (False, True)
+        kwargs = {"model": plan.model, "axis_name": plan.parallel.axis_name}
+        self._metrics = jit(
+            functools.partial(
+                heldout.heldout_metrics,
+                objective=plan.objective,
+                settings=plan.heldout_settings,
+                **kwargs,
             )
-        else:
-            function = functools.partial(
-                heldout.preference_metrics, settings=plan.eval_settings, **kwargs
-            )
-            self._metrics = jit(function, (False, True, True))
+        )
         self._variance = None
-        if c.eval.variance_repeats:
-            kwargs |= {"settings": plan.settings, "repeats": c.eval.variance_repeats}
+        if repeats := plan.eval.variance_repeats:
             self._variance = jit(
-                functools.partial(variance.score_variance, **kwargs), (False, True, False)
+                functools.partial(
+                    score_variance, settings=plan.settings, repeats=repeats, **kwargs
+                )
             )
 
     def run(self, params) -> dict[str, float]:
-        """The metrics of these parameters; raises Stopped where the run is asked to stop meanwhile."""
-        plan = self._plan
-        c = plan.config
+        """The metrics of these parameters. Raises Stopped if the run is asked to stop meanwhile."""
         found = {}
-        if plan.heldout is not None:
-            batch_rows = c.eval.batch_rows or plan.rows_at_once
-
-            def metrics_of(batch):
-                self._stop.check()
-                placed = plan.parallel.put(batch)
-                extra = () if self._reference is None else (self._reference.terms(batch),)
-                means = self._metrics(params, placed, *extra)
-                return (
-                    means | self._variance(params, placed, self._reference.of(batch))
-                    if self._variance
-                    else means
-                )
-
-            batches = host_loader(
-                plan,
-                plan.heldout,
-                batch_rows=batch_rows,
-                seed=c.seed,
-                shuffle=False,
-                epochs=1,
-                pad=True,
-            )
-            found |= heldout.over_batches(metrics_of, batches)
-        if plan.prompts:
-            found |= responses.solve_rate(
-                jax.tree_util.Partial(plan.model.apply, {"params": params}),
-                plan.prompts,
-                plan.tokenizer,
-                scorer.load_scorer(c.solve.scorer),
-                template=c.data.template,
-                batch_size=c.solve.batch_size,
-                progress=lambda done, count: self._stop.check(),
-                gen_length=c.solve.gen_length,
-                steps=c.solve.steps,
-                block_length=c.solve.block_length,
-                mask_id=plan.model.config.mask_token_id,
-                pad_id=plan.tokenizer.eos_id,
-                eos_id=plan.tokenizer.eos_id,
-                eot_id=plan.tokenizer.eot_id,
-            )
+        if self._plan.heldout is not None:
+            found |= self._heldout(params)
+        if self._plan.prompts:
+            found |= self._solve(params)
         return found
 
+    def _heldout(self, params) -> dict[str, float]:
+        plan = self._plan
 
-_SHOWN = (
-    "solve/rate",
-    "rewards/accuracies",
-    "rewards/margins",
-    "elbo_per_token",
-    "loss/preference",
-    "loss/sft",
-    "loss/sft_rejected",
-    "score/mc_variance",
-    "score_variance",
-)
+        def metrics_of(batch):
+            self._stop.check()
+            batch = self._reference.place(batch, "heldout")
+            means = self._metrics(params, batch, self._reference.frozen)
+            if self._variance is not None:
+                means |= self._variance(params, batch, self._reference.frozen)
+            return means
+
+        batches = plan.batches(
+            plan.heldout,
+            batch_rows=plan.eval.batch_rows or plan.rows_at_once,
+            seed=plan.seed,
+            shuffle=False,
+            epochs=1,
+            pad=True,
+        )
+        return heldout.over_batches(metrics_of, batches)
+
+    def _solve(self, params) -> dict[str, float]:
+        plan, tokenizer = self._plan, self._plan.tokenizer
+        return responses.solve_rate(
+            jax.tree_util.Partial(plan.model.apply, {"params": params}),
+            plan.prompts,
+            tokenizer,
+            scorer.load_scorer(plan.solve.scorer),
+            template=plan.data.packing.template,
+            batch_size=plan.solve.batch_size,
+            progress=lambda done, count: self._stop.check(),
+            gen_length=plan.solve.gen_length,
+            steps=plan.solve.steps,
+            block_length=plan.solve.block_length,
+            mask_id=plan.model.config.mask_token_id,
+            pad_id=tokenizer.eos_id,
+            eos_id=tokenizer.eos_id,
+            eot_id=tokenizer.eot_id,
+        )
 
 
-def shown(found: dict[str, float]) -> str:
-    return ", ".join(
-        f"{name} {found[name]:.4f} +- {found.get(f'{name}_stderr', math.nan):.4f}"
-        for name in _SHOWN
-        if name in found
-    )
+def shown(plan: Experiment, found: dict[str, float]) -> str:
+    """The evaluation's metrics that a person reads, in one line."""
+    return ", ".join(f"{name} {_cell(found, name)}" for name in _names(plan) if name in found)
 
 
-def print_result(plan: Plan, history: list[dict]):
-    """The table at the end: every held-out metric before and after, with standard errors."""
+def print_result(plan: Experiment, history: list[dict]):
+    """Prints the table at the end: every held-out metric before and after, with standard errors."""
     print(f"done: {plan.num_steps} steps, {plan.workdir}")
     before, after = history[0], history[-1]
-    names = [name for name in _SHOWN if name in before and name in after]
+    names = [name for name in _names(plan) if name in before and name in after]
     if not names:
         return
-    print(f"{'held out':<22}{'step ' + str(before['step']):>20}{'step ' + str(after['step']):>20}")
+    first, last = (f"step {at['step']}" for at in (before, after))
+    print(f"{'held out':<22}{first:>20}{last:>20}")
     for name in names:
-        cells = (
-            f"{at[name]:.4f} +- {at.get(f'{name}_stderr', math.nan):.4f}" for at in (before, after)
-        )
-        print(f"{name:<22}" + "".join(f"{cell:>20}" for cell in cells))
-    if "solve/rate" in names and before["solve/rate"] < 1:
-        removed = (after["solve/rate"] - before["solve/rate"]) / (1 - before["solve/rate"])
-        print(
-            f"{after['solve/count']} held-out prompts; share of the errors removed: {removed:.1%}"
-        )
+        print(f"{name:<22}{_cell(before, name):>20}{_cell(after, name):>20}")
+    if SOLVE_RATE in names and before[SOLVE_RATE] < 1:
+        removed = (after[SOLVE_RATE] - before[SOLVE_RATE]) / (1 - before[SOLVE_RATE])
+        count = after["solve/count"]
+        print(f"{count} held-out prompts; share of the errors removed: {removed:.1%}")
+
+
+def _names(plan: Experiment) -> tuple[str, ...]:
+    return (SOLVE_RATE, *plan.objective.heldout)
+
+
+def _cell(found: dict[str, float], name: str) -> str:
+    return f"{found[name]:.4f} +- {found.get(f'{name}_stderr', math.nan):.4f}"

@@ -1,96 +1,101 @@
-"""What a config means here: validated against data, tokenizer, checkpoint and devices, before the first array."""
+"""What a config means here: validated against data, tokenizer, checkpoint and devices.
+
+Nothing is on a device yet. `make_plan` decides everything that a run, a benchmark or a compile does.
+"""
 
 import dataclasses
 import functools
 import itertools
 from typing import Any
 
+import flax.linen as nn
 import jax.numpy as jnp
+import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from llada_jax import noise, sampling
+from llada_jax import models, sampling
 from llada_jax import tokenizer as tokenizer_lib
 from llada_jax.checkpoints import loading
+from llada_jax.data import batches as batches_lib
 from llada_jax.data import rows as rows_lib
 from llada_jax.data import templates
+from llada_jax.data.batches import Loader
 from llada_jax.data.records import read_records
 from llada_jax.data.rows import Rows
+from llada_jax.data.synthetic import SyntheticRows
 from llada_jax.models import attention as attention_lib
-from llada_jax.models.attention import IMPLEMENTATIONS
-from llada_jax.models.layers import REMAT
-from llada_jax.models.llada import LLaDA, ModelConfig
-from llada_jax.objectives.denoising import Denoising
-from llada_jax.objectives.preference import Preference
-from llada_jax.parallel import agree
-from llada_jax.parallel import hosts as hosts_lib
+from llada_jax.objectives import Objective, Reference
+from llada_jax.parallel import agree, hosts
 from llada_jax.parallel import mesh as mesh_lib
 from llada_jax.parallel.split import Parallel
 from llada_jax.tasks import scorer
 from llada_jax.tokenizer import Tokenizer
 from llada_jax.train import optim
-from llada_jax.train.optim import SCHEDULES
-
-# What two models must share for one to be the reference of the other.
-ARCHITECTURE = (
-    "d_model n_heads n_kv_heads n_layers mlp_hidden_size vocab_size embedding_size weight_tying rope_theta "
-    "rms_norm_eps mask_token_id"
-).split()
-KIND = {"pretrain": "text", "sft": "sft", "vrpo": "preference"}
-DTYPES = ("float32", "bfloat16")
+from llada_jax.train import settings as settings_lib
+from llada_jax.train.optim import Optimizer
+from llada_jax.train.settings import Checkpoint, Data, Eval, Settings, Solve
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a config means here: validated, with the data packed, and nothing on a device yet."""
+class Experiment:
+    """A config, resolved: settings, and the parts that were made of them."""
 
-    config: Any
     workdir: epath.Path
-    mesh: Mesh
-    model: LLaDA
+    seed: int
+    init_from: str  # "": random parameters
+    num_steps: int  # 0: only in a dry run without data
+    objective: Objective
+    settings: Any  # of the objective
+    reference: Reference | None  # None: the objective has no reference policy
+    data: Data
+    optimizer: Optimizer
+    checkpoint: Checkpoint
+    eval: Eval
+    solve: Solve
+    parallel: Parallel
+    model: nn.Module
     tokenizer: Tokenizer | None  # None, and no rows: only in a dry run
     rows: Rows | None
     heldout: Rows | None
-    prompts: list | None  # of config.solve
-    settings: Preference | Denoising
-    num_steps: int
+    prompts: list | None  # records to generate for, at each evaluation
+
+    @property
+    def mesh(self) -> Mesh:
+        """The devices, along the axes data, fsdp and tensor."""
+        return self.parallel.mesh
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of a row."""
+        return self.data.packing.row_length
 
     @property
     def num_segments(self) -> int:
-        """Segments in a row: even for pairs, the same for training and held-out rows."""
+        """Segments of a row, the same for training and held-out rows; a multiple of an example's."""
         most = max(rows.num_segments for rows in (self.rows, self.heldout) if rows is not None)
-        return most + most % 2 if self.config.objective == "vrpo" else most
+        each = self.objective.segments_per_example
+        return -(-most // each) * each
 
     @property
-    def eval_settings(self) -> Preference:
-        """VRPO's settings for held-out pairs: the same good estimator, whatever the training uses."""
-        scheme = noise.Scheme(self.config.eval.n_t or 8)
-        return dataclasses.replace(
-            self.settings, share_noise=True, scheme=scheme, mc_chunk=1, stream="evaluate"
-        )
+    def heldout_settings(self) -> Any:
+        """The objective's settings for held-out rows."""
+        return self.settings.for_heldout(self.eval.n_t)
 
     @property
     def rows_at_once(self) -> int:
         """Rows that go through the model together in training, and so may without a gradient."""
-        return self.config.data.batch_rows // self.config.optimizer.accumulate
+        return self.data.batch_rows // self.optimizer.accumulate
+
+    @property
+    def reference_dtype(self) -> jnp.dtype:
+        """The type of the reference policy's parameters."""
+        return jnp.dtype(self.reference.reference_dtype or self.model.param_dtype)
 
     @functools.cached_property
-    def parallel(self) -> Parallel:
-        return Parallel(self.config.parallelism, self.mesh)
-
-    def attention(self, length: int = 0) -> tuple[str, str]:
-        """(name, why) of the attention for rows of `length` (0: those of the data); ValueError where there is none."""
-        return attention_lib.choose(
-            self.model.attention,
-            self.mesh.devices.flat[0].platform,
-            length=length or self.config.data.row_length,
-            head_size=self.model.config.head_size,
-            dtype=self.model.dtype,
-        )
-
-    @functools.cached_property
-    def schedule(self):
-        o = self.config.optimizer
+    def schedule(self) -> optax.Schedule:
+        """The learning rate of each step."""
+        o = self.optimizer
         return optim.make_schedule(
             peak=o.peak,
             warmup_steps=o.warmup_steps,
@@ -100,8 +105,9 @@ class Plan:
         )
 
     @functools.cached_property
-    def tx(self):
-        o = self.config.optimizer
+    def tx(self) -> optax.GradientTransformation:
+        """The optimiser."""
+        o = self.optimizer
         return optim.make_optimizer(
             self.schedule,
             b1=o.b1,
@@ -111,278 +117,252 @@ class Plan:
             clip_norm=o.clip_norm,
         )
 
+    def batches(self, rows: Rows, **settings) -> Loader:
+        """This host's share of every batch; `settings` as in `batches.loader`."""
+        index, count = self.parallel.shard
+        return batches_lib.loader(
+            rows,
+            num_segments=self.num_segments,
+            shard_index=index,
+            shard_count=count,
+            **settings,
+        )
 
-def make_plan(config, workdir: epath.PathLike, *, dry_run: bool = False, devices=None) -> Plan:
-    """Validates a config against data, tokenizer, checkpoint and devices; packs the data where that is not done yet.
+    def attention(self, length: int = 0) -> tuple[str, str]:
+        """(name, why) of the attention for rows of `length` (0: those of the data).
 
-    ValueError or FileNotFoundError, in one line. A dry run may do without init_from and data. `devices`: None for all
-    that are there, or those of a described topology.
+        Raises ValueError if the one that the config names cannot do it.
+        """
+        return attention_lib.choose(
+            self.model.attention,
+            self.mesh.devices.flat[0].platform,
+            length=length or self.row_length,
+            head_size=self.model.config.head_size,
+            dtype=self.model.dtype,
+        )
+
+
+def make_plan(
+    config, workdir: epath.PathLike, *, dry_run: bool = False, devices=None
+) -> Experiment:
+    """Validates a config against data, tokenizer, checkpoint and devices; packs the data.
+
+    A dry run may do without init_from and data. `devices` are those of a described topology; None
+    takes all that are there. Raises ValueError or FileNotFoundError, in one line.
     """
-    c = config
+    s = settings_lib.read(config, dry_run=dry_run)
     workdir = epath.Path(workdir).expanduser()
-    _check_choices(c, dry_run)
-    hosts_lib.check_joined()
-    mesh = mesh_lib.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor, devices)
-    shares = Parallel(c.parallelism, mesh)
+    hosts.check_joined()
+    mesh = mesh_lib.make_mesh(s.mesh.data, s.mesh.fsdp, s.mesh.tensor, devices)
+    parallel = Parallel(s.run.parallelism, mesh)
     if not dry_run:
-        _ = shares.shard  # says now whether each host can load its rows
-        agree.check_same("the config or the workdir", f"{c.to_dict()} {workdir}")
+        _ = parallel.shard  # says now whether each host can load its rows
+        agree.check_same("the config or the workdir", f"{config.to_dict()} {workdir}")
         agree.check_shared(workdir)
-    parts = mesh_lib.row_shards(mesh) * c.optimizer.accumulate
-    for name, batch_rows in (
-        ("data.batch_rows", c.data.batch_rows),
-        ("eval.batch_rows", c.eval.batch_rows),
-    ):
-        parts = parts if name == "data.batch_rows" else mesh_lib.row_shards(mesh)
-        if batch_rows < 0 or batch_rows % parts or (not batch_rows and name == "data.batch_rows"):
-            raise ValueError(
-                f"{name}={batch_rows} is not a positive multiple of {parts}: data x fsdp = "
-                f"{mesh_lib.row_shards(mesh)} shards, optimizer.accumulate={c.optimizer.accumulate}"
-            )
-    settings = _settings(c)
-    tokenizer = _tokenizer(c)
-    model = _model(c, mesh, tokenizer)
+    _check_rows(s, mesh)
+    tokenizer = _tokenizer(s)
+    model = _model(s, mesh, tokenizer)
     rows = heldout = prompts = None
     sampled_length = 0
-    if c.data.train and tokenizer:
-        cache_dir = epath.Path(c.data.cache_dir or workdir / "data").expanduser()
-        rows, heldout = agree.once_per_disk(cache_dir, lambda: _rows(c, tokenizer, cache_dir))
+    if s.data.train and tokenizer:
+        cache_dir = epath.Path(s.data.cache_dir or workdir / "data").expanduser()
+        rows, heldout = agree.once_per_disk(
+            cache_dir, lambda: _prepare_rows(s.data, tokenizer, cache_dir)
+        )
         agree.check_same("the data", f"{rows.fingerprint} {heldout and heldout.fingerprint}")
     elif not dry_run:
         raise ValueError(
-            "data.train is not set: pass --config.data.train=jsonl:FILE (or tfds:, python:)"
+            "config.data.train is not set: pass --config.data.train=jsonl:FILE (or tfds:, python:)"
         )
-    if c.solve.prompts:
-        prompts, sampled_length = _prompts(c, tokenizer, model.config)
+    if s.solve.prompts:
+        prompts, sampled_length = _prompts(s, tokenizer, model.config)
         if not dry_run:
             agree.check_same("what solve.prompts holds", repr(prompts))
-    num_steps = c.num_steps
-    if not num_steps and rows is not None:
-        num_steps = c.epochs * len(rows) // c.data.batch_rows
-        if not num_steps:
-            raise ValueError(
-                f"{c.epochs} epochs of {len(rows)} rows fill no batch of data.batch_rows={c.data.batch_rows}: lower it"
-            )
-    plan = Plan(c, workdir, mesh, model, tokenizer, rows, heldout, prompts, settings, num_steps)
-    for length in (c.data.row_length, sampled_length):
+    plan = Experiment(
+        workdir=workdir,
+        seed=s.run.seed,
+        init_from=s.run.init_from,
+        num_steps=_num_steps(s, rows),
+        objective=s.objective,
+        settings=s.loss,
+        reference=s.reference,
+        data=s.data,
+        optimizer=s.optimizer,
+        checkpoint=s.checkpoint,
+        eval=s.eval,
+        solve=s.solve,
+        parallel=parallel,
+        model=model,
+        tokenizer=tokenizer,
+        rows=rows,
+        heldout=heldout,
+        prompts=prompts,
+    )
+    for length in (0, sampled_length):
         plan.attention(length)  # says now what an implementation asked for by name cannot do
-    if num_steps:
+    if plan.num_steps:
         _ = plan.schedule  # says now whether the warm-up fits
     return plan
 
 
-def _check_choices(c, dry_run: bool):
-    for name, value, known in (
-        ("objective", c.objective, tuple(KIND)),
-        ("vrpo.reference", c.vrpo.reference, ("model", "cached")),
-        ("model.remat", c.model.remat, tuple(REMAT)),
-        ("model.attention", c.model.attention, IMPLEMENTATIONS),
-        ("optimizer.schedule", c.optimizer.schedule, SCHEDULES),
-        ("model.dtype", c.model.dtype, DTYPES),
-        ("model.param_dtype", c.model.param_dtype, DTYPES),
-        ("vrpo.reference_dtype", c.vrpo.reference_dtype, ("", *DTYPES)),
+def _check_rows(s: Settings, mesh: Mesh):
+    shards = mesh_lib.row_shards(mesh)
+    for name, batch_rows, parts in (
+        ("data", s.data.batch_rows, shards * s.optimizer.accumulate),
+        ("eval", s.eval.batch_rows, shards),
     ):
-        if value not in known:
-            raise ValueError(f"config.{name}={value!r} is not one of {', '.join(known)}")
-    for name, value, least in (
-        ("num_steps", c.num_steps, 0),
-        ("epochs", c.epochs, 1),
-        ("optimizer.accumulate", c.optimizer.accumulate, 1),
-        ("model.logps_chunk", c.model.logps_chunk, 1),
-        ("model.unroll", c.model.unroll, 1),
-        ("checkpoint.every", c.checkpoint.every, 1),
-        ("eval.every", c.eval.every, 0),
-        ("solve.batch_size", c.solve.batch_size, 1),
-        ("eval.variance_repeats", c.eval.variance_repeats, 0),
-    ):
-        if value < least:
-            raise ValueError(f"config.{name}={value} must be at least {least}")
-    if c.data.heldout and c.data.holdout:
-        raise ValueError(
-            f"data.heldout and data.holdout={c.data.holdout} both say what is held out: set one of them"
-        )
-    if repeats := c.eval.variance_repeats:
-        for wrong, why in (
-            (repeats < 3, "is too few: at least 3, or 0 for off"),
-            (
-                c.objective != "vrpo",
-                f"measures scores, which objective={c.objective!r} has none of: set it to 0",
-            ),
-            (
-                c.vrpo.reference != "model",
-                "draws anew, beyond cached terms: set vrpo.reference='model', or it to 0",
-            ),
-            (
-                not (c.data.heldout or c.data.holdout),
-                "needs held-out pairs: set data.holdout or data.heldout",
-            ),
-        ):
-            if wrong:
-                raise ValueError(f"eval.variance_repeats={repeats} {why}")
-    if c.denoising.crop_probability and c.objective != "pretrain":
-        raise ValueError(
-            f"denoising.crop_probability={c.denoising.crop_probability} is for pretrain: set it to 0"
-        )
-    if c.objective == "vrpo" and not c.init_from and not (dry_run and c.model.arch):
-        raise ValueError(
-            "init_from is not set: VRPO starts from a trained model, pass --config.init_from=DIR"
-        )
+        if batch_rows % parts:
+            raise ValueError(
+                f"config.{name}.batch_rows={batch_rows} is not a multiple of {parts}: data x fsdp = "
+                f"{shards} shards, optimizer.accumulate={s.optimizer.accumulate}"
+            )
 
 
-def _settings(c) -> Preference | Denoising:
-    if c.objective == "vrpo":
-        v = c.vrpo
-        scheme = noise.Scheme(
-            v.n_t,
-            v.n_yt,
-            v.times,
-            v.masks,
-            v.weights,
-            pseudo_count=v.pseudo_count,
-            share_in_pair=v.share_in_pair,
-        )
-        return Preference(
-            v.beta,
-            v.kind,
-            v.label_smoothing,
-            v.sft_weight,
-            v.share_noise,
-            scheme,
-            v.mc_chunk,
-            c.seed,
-        )
-    d = c.denoising
-    if d.mc_chunk < 0 or (d.mc_chunk and d.n_t % d.mc_chunk):
+def _num_steps(s: Settings, rows: Rows | None) -> int:
+    if s.run.num_steps or rows is None:
+        return s.run.num_steps
+    num_steps = s.run.epochs * len(rows) // s.data.batch_rows
+    if not num_steps:
         raise ValueError(
-            f"denoising.mc_chunk={d.mc_chunk} does not divide denoising.n_t={d.n_t}: choose a divisor"
+            f"{s.run.epochs} epochs of {len(rows)} rows fill no batch of "
+            f"data.batch_rows={s.data.batch_rows}: lower it"
         )
-    if not 0 <= d.crop_probability <= 1:
-        raise ValueError(
-            f"denoising.crop_probability={d.crop_probability} is no probability: at least 0, at most 1"
-        )
-    scheme = noise.Scheme(d.n_t, masks=d.masks, eps=d.eps if d.masks == "bernoulli" else 0.0)
-    return Denoising(scheme, d.crop_probability, d.mc_chunk, c.seed)
+    return num_steps
 
 
-def _model(c, mesh: Mesh, tokenizer: Tokenizer | None) -> LLaDA:
-    arch = c.model.arch.to_dict()
-    if c.init_from:
-        config = loading.read_config(c.init_from)
-        _check_same("init_from", c.init_from, config, arch, "in model.arch")
+def _model(s: Settings, mesh: Mesh, tokenizer: Tokenizer | None) -> nn.Module:
+    config = _architecture(s, tokenizer)
+    family = models.family_of(config)
+    if s.reference and s.reference.reference_from:
+        path = s.reference.reference_from
+        values = {k: getattr(config, k) for k in family.architecture}
+        name = f"config.{s.objective.section}.reference_from"
+        _check_same(name, path, loading.read_config(path), values, "in the policy")
+    if tokenizer and tokenizer.vocab_size > config.embedding_size:
+        raise ValueError(
+            f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model "
+            f"{config.embedding_size} embeddings: they do not belong together, change data.tokenizer"
+        )
+    if tokenizer and tokenizer.mask_id != config.mask_token_id:
+        raise ValueError(
+            f"the tokenizer's mask id {tokenizer.mask_id} is not the model's "
+            f"mask_token_id={config.mask_token_id}: change data.tokenizer"
+        )
+    row_length = s.data.packing.row_length
+    if row_length > config.max_sequence_length:
+        raise ValueError(
+            f"config.data.row_length={row_length} is beyond the model's max_sequence_length="
+            f"{config.max_sequence_length}: lower it"
+        )
+    for name, axis in family.splits.items():
+        if getattr(config, name) % mesh.shape[axis]:
+            raise ValueError(
+                f"{name}={getattr(config, name)} cannot be split over mesh.{axis}="
+                f"{mesh.shape[axis]}: change config.mesh"
+            )
+    m = s.model
+    return family.Module(
+        config,
+        jnp.dtype(m.dtype),
+        jnp.dtype(m.param_dtype),
+        m.remat,
+        m.attention,
+        m.logps_chunk,
+        m.unroll,
+    )
+
+
+def _architecture(s: Settings, tokenizer: Tokenizer | None) -> Any:
+    """The model's configuration: that of init_from, or of model.arch and the tokenizer."""
+    arch = s.model.arch
+    if s.run.init_from:
+        config = loading.read_config(s.run.init_from)
+        _check_same("config.init_from", s.run.init_from, config, arch, "in model.arch")
     elif arch:
-        if tokenizer:  # a new model takes from its tokenizer what model.arch leaves open
+        # A new model takes from its tokenizer what model.arch leaves open.
+        if tokenizer:
             ends = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
-            arch = {
-                "vocab_size": tokenizer.vocab_size,
-                "mask_token_id": tokenizer.mask_id,
-                **ends,
-            } | arch
-        config = ModelConfig.from_dict(arch, source="config.model.arch")
+            ids = {"vocab_size": tokenizer.vocab_size, "mask_token_id": tokenizer.mask_id}
+            arch = ids | ends | arch
+        config = models.config_from_dict(arch, source="config.model.arch")
     else:
-        raise ValueError("neither init_from nor model.arch is set: there is no model to train")
+        raise ValueError(
+            "neither config.init_from nor config.model.arch is set: there is no model to train"
+        )
     unknown = arch.keys() - config.to_dict().keys() - {"mlp_ratio", "multi_query_attention"}
     if unknown:
         raise ValueError(
             f"config.model.arch has {', '.join(sorted(unknown))}, no key of a config.json: remove it"
         )
-    if c.objective == "vrpo" and c.vrpo.reference_from:
-        other = loading.read_config(c.vrpo.reference_from)
-        values = {k: getattr(config, k) for k in ARCHITECTURE}
-        _check_same("vrpo.reference_from", c.vrpo.reference_from, other, values, "in the policy")
-    if tokenizer and tokenizer.vocab_size > config.embedding_size:
-        raise ValueError(
-            f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model {config.embedding_size} embeddings: "
-            "they do not belong together, change data.tokenizer"
-        )
-    if tokenizer and tokenizer.mask_id != config.mask_token_id:
-        raise ValueError(
-            f"the tokenizer's mask id {tokenizer.mask_id} is not the model's mask_token_id={config.mask_token_id}: "
-            "change data.tokenizer"
-        )
-    if c.data.row_length > config.max_sequence_length:
-        raise ValueError(
-            f"data.row_length={c.data.row_length} is beyond the model's max_sequence_length="
-            f"{config.max_sequence_length}: lower it"
-        )
-    tensor = mesh.shape["tensor"]
-    for name, axis in (("n_heads", tensor), ("n_kv_heads", tensor), ("mlp_hidden_size", tensor),
-                       ("embedding_size", tensor), ("d_model", mesh.shape["fsdp"])):  # fmt: skip
-        if getattr(config, name) % axis:
-            raise ValueError(
-                f"{name}={getattr(config, name)} cannot be split over a mesh axis of {axis}: change mesh"
-            )
-    return LLaDA(
-        config,
-        jnp.dtype(c.model.dtype),
-        jnp.dtype(c.model.param_dtype),
-        c.model.remat,
-        c.model.attention,
-        c.model.logps_chunk,
-        c.model.unroll,
-    )
+    return config
 
 
-def _check_same(name: str, path: str, config: ModelConfig, values: dict, where: str):
+def _check_same(name: str, path: str, config: Any, values: dict, where: str):
     there = {k: getattr(config, k, v) for k, v in values.items()}
     wrong = [f"{k}: {v!r} {where}, {there[k]!r} there" for k, v in values.items() if there[k] != v]
     if wrong:
         raise ValueError(f"{name}={path} is another architecture: {'; '.join(wrong)}")
 
 
-def _tokenizer(c) -> Tokenizer | None:
-    path = c.data.tokenizer or (loading.model_folder(c.init_from) if c.init_from else "")
-    if not path:
-        if c.data.train:
-            raise ValueError(
-                "data.tokenizer is not set: pass --config.data.tokenizer=FOLDER_OR_FILE"
-            )
-        return None
-    return tokenizer_lib.load(path)
+def _tokenizer(s: Settings) -> Tokenizer | None:
+    path = s.data.tokenizer
+    if not path and s.run.init_from:
+        path = loading.model_folder(s.run.init_from)
+    if path:
+        return tokenizer_lib.load(path)
+    if s.data.train:
+        raise ValueError(
+            "config.data.tokenizer is not set: pass --config.data.tokenizer=FOLDER_OR_FILE"
+        )
+    return None
 
 
-def _rows(c, tokenizer, cache_dir: epath.Path) -> tuple[Rows, Rows | None]:
-    d = c.data
-    prepare = functools.partial(
-        rows_lib.prepare,
-        kind=KIND[c.objective],
-        tokenizer=tokenizer,
-        row_length=d.row_length,
-        cache_dir=cache_dir,
-        template=d.template,
-        append_eos=d.append_eos,
-        answer_multiple=d.answer_multiple,
-        too_long=d.too_long,
-        bad_records=d.bad_records,
-    )
-    rows = prepare(d.train, holdout=d.holdout, split="train", limit=d.limit)
-    if d.heldout:
-        return rows, prepare(d.heldout)
-    return rows, prepare(
-        d.train, holdout=d.holdout, split="heldout", limit=d.limit
-    ) if d.holdout else None
+def _prepare_rows(d: Data, tokenizer, cache_dir: epath.Path) -> tuple[Rows, Rows | None]:
+    prepare = functools.partial(rows_lib.prepare, tokenizer=tokenizer, cache_dir=cache_dir)
+    rows = prepare(d.train, packing=d.packing)
+    if d.heldout:  # all of another source
+        return rows, prepare(d.heldout, packing=dataclasses.replace(d.packing, limit=0))
+    if d.packing.holdout:
+        return rows, prepare(d.train, packing=dataclasses.replace(d.packing, split="heldout"))
+    return rows, None
 
 
-def _prompts(c, tokenizer, config: ModelConfig) -> tuple[list, int]:
-    """Records of the prompts, and how long the rows are that they are answered in (0: no tokenizer tells)."""
-    scorer.load_scorer(c.solve.scorer)
-    try:
-        sampling.check_schedule(c.solve.steps, c.solve.gen_length, c.solve.block_length)
-    except ValueError as error:
-        raise ValueError(f"config.solve: {error}") from None
-    prompts = list(itertools.islice(read_records(c.solve.prompts, "prompt"), c.solve.limit or None))
+def _prompts(s: Settings, tokenizer, config: Any) -> tuple[list, int]:
+    """(records of the prompts, length of the rows that they are answered in; 0 without tokenizer)."""
+    scorer.load_scorer(s.solve.scorer)
+    records = read_records(s.solve.prompts, "prompt")
+    prompts = list(itertools.islice(records, s.solve.limit or None))
     if not prompts:
         raise ValueError(
-            f"solve.prompts={c.solve.prompts} holds no record; give one that does, or none"
+            f"config.solve.prompts={s.solve.prompts} holds no record; give one that does, or none"
         )
+    if not tokenizer:
+        return prompts, 0
+    template, gen_length = s.data.packing.template, s.solve.gen_length
     lengths = [
-        len(templates.encode_prompt(tokenizer, p["prompt"], c.data.template))
-        for _, _, p in prompts
-        if tokenizer
+        len(templates.encode_prompt(tokenizer, prompt["prompt"], template))
+        for _, _, prompt in prompts
     ]
-    for (where, _, _), length in zip(prompts, lengths, strict=False):
-        if length + c.solve.gen_length > config.max_sequence_length:
+    for (where, _, _), length in zip(prompts, lengths, strict=True):
+        if length + gen_length > config.max_sequence_length:
             raise ValueError(
-                f"{where}: a prompt of {length} tokens and solve.gen_length={c.solve.gen_length} exceed the model's "
-                f"max_sequence_length={config.max_sequence_length}: lower it or leave the prompt out"
+                f"{where}: a prompt of {length} tokens and solve.gen_length={gen_length} exceed the "
+                f"model's max_sequence_length={config.max_sequence_length}: lower it or leave the "
+                "prompt out"
             )
-    return prompts, (sampling.prompt_width(lengths) + c.solve.gen_length if lengths else 0)
+    return prompts, sampling.prompt_width(lengths) + gen_length
+
+
+def with_synthetic_rows(plan: Experiment) -> Experiment:
+    """The experiment with rows of random tokens and a number of steps, if it has none of its own."""
+    if plan.rows is None:
+        rows = SyntheticRows(
+            plan.objective.records,
+            plan.row_length,
+            plan.model.config.vocab_size,
+            plan.data.batch_rows,
+        )
+        plan = dataclasses.replace(plan, rows=rows)
+    if not plan.num_steps:  # a schedule needs one; the compiled program is the same for any
+        plan = dataclasses.replace(plan, num_steps=plan.optimizer.warmup_steps + 1000)
+    return plan

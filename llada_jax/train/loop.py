@@ -1,188 +1,192 @@
-"""The trainer: python -m llada_jax.train --config=FILE [--config.x=y] --workdir=DIR [--dry_run].
-
-The same command continues a run that was stopped. `plan.py` decides everything before the first array; `train` runs it.
-On several hosts the same command runs on each (`distributed.initialize` says how they find each other).
-"""
+"""A run: from its newest checkpoint, or from the start, to its last step or a signal."""
 
 import json
 import math
+from typing import Any
 
 import jax
 
 from llada_jax import metrics, noise
+from llada_jax.batch import Batch
 from llada_jax.checkpoints import loading
 from llada_jax.checkpoints.orbax import Checkpoints
-from llada_jax.data import batches as batches_lib
-from llada_jax.data.rows import Rows
-from llada_jax.parallel import hosts as hosts_lib
+from llada_jax.files import write_whole
+from llada_jax.parallel import hosts
 from llada_jax.parallel.stop import Stop, Stopped
-from llada_jax.train import state
-from llada_jax.train.evaluation import Evaluation, print_result, shown
-from llada_jax.train.experiment import Plan
-from llada_jax.train.reference import Reference
+from llada_jax.train import evaluation, identity
+from llada_jax.train import state as state_lib
+from llada_jax.train.evaluation import Evaluation
+from llada_jax.train.experiment import Experiment
+from llada_jax.train.reference import Policy
+from llada_jax.train.state import TrainState
 from llada_jax.train.step import jit_update
 
 STOPPED = 143  # exit status after SIGTERM or SIGINT, the state being saved
 
 
-def train(plan: Plan) -> int:
-    """Runs a plan to its end, or to a signal; returns the exit status."""
-    c = plan.config
+def train(plan: Experiment) -> int:
+    """Runs an experiment to its end, or to a signal; returns the exit status."""
     stop = Stop()
+    keep = plan.checkpoint.keep
     try:
-        with (
-            plan.parallel.use(),
-            Checkpoints(plan.workdir / "checkpoints", c.checkpoint.keep) as saved,
-        ):
-            return _train(plan, saved, stop)
+        with plan.parallel.use(), Checkpoints(plan.workdir / "checkpoints", keep) as saved:
+            return Run(plan, saved, stop).to_the_end()
     except Stopped:  # before the first update: there is nothing new to save
-        hosts_lib.say(
-            "stopped in the reference's terms or the evaluation at the start; the same command continues"
+        hosts.say(
+            "stopped in the reference's terms or the evaluation at the start; "
+            "the same command continues"
         )
         return STOPPED
     finally:
         stop.restore()
 
 
-def _train(plan: Plan, saved: Checkpoints, stop: Stop) -> int:
-    c = plan.config
-    abstract = state.abstract_state(plan.model, plan.tx, plan.mesh)
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    restored = saved.restore(abstract)
-    if restored is None:
-        if hosts_lib.is_first():
+class Run:
+    """One run on this host: its state, its loader, its history."""
+
+    def __init__(self, plan: Experiment, saved: Checkpoints, stop: Stop):
+        self.plan, self.saved, self.stop = plan, saved, stop
+        abstract = state_lib.abstract_state(plan.model, plan.tx, plan.mesh)
+        shardings = jax.tree.map(lambda x: x.sharding, abstract)
+        restored = saved.restore(abstract)
+        if restored is None:
+            self.state, extra = self._first_state(shardings), {}
+        else:
+            self.state, extra = restored
+            hosts.say(
+                f"continuing from step {int(self.state.step)} of {plan.num_steps} in {plan.workdir}"
+            )
+        self.start = int(self.state.step)
+        self.history: list[dict] = extra.get("evaluations", [])  # of every evaluation so far
+        self.loader = plan.batches(
+            plan.rows,
+            batch_rows=plan.data.batch_rows,
+            seed=plan.seed,
+            start=extra.get("next_index", 0),
+        )
+        self.reference = Policy(plan, shardings.params, stop)
+        self.identity = identity.of(plan, self.reference.fingerprint)
+        if restored is not None and (
+            note := identity.check(plan, self.identity, extra.get("identity"))
+        ):
+            hosts.say(note)
+        steps_left = max(plan.num_steps - self.start, 0)
+        self.reference.compute_terms(
+            self.loader.next_index + steps_left * plan.data.batch_rows
+        )
+        self.update = jit_update(plan, shardings)
+        self.evaluation = Evaluation(plan, self.reference, stop)
+
+    def to_the_end(self) -> int:
+        """Every step that is left, with its log, evaluation and checkpoint; the exit status."""
+        plan = self.plan
+        # A run that was stopped may have gone without the evaluation of its last step.
+        evaluates_first = self._is_due(self.start) and (
+            not self.history or self.history[-1]["step"] < self.start
+        )
+        with (
+            metrics.Writer(plan.workdir, self.start, evaluates_again=evaluates_first) as self.writer,
+            metrics.Progress(
+                plan.num_steps,
+                self.start,
+                show=plan.objective.shown,
+                every=plan.eval.seconds_between_lines,
+            ) as self.progress,
+        ):
+            if evaluates_first:
+                self.evaluate(self.start)
+            unread = None  # the metrics of the step before, read while this one runs (house rule 4)
+            for step in range(self.start + 1, plan.num_steps + 1):
+                values = self.step()
+                if unread:
+                    self.log(*unread)
+                unread = (step, *values)
+                stopping = self.stop.agreed()  # read once: the signal may come between two lines
+                saving = (
+                    stopping or step == plan.num_steps or step % plan.checkpoint.every == 0
+                )
+                if self._is_due(step) or saving:  # a checkpoint holds what is logged and finite
+                    self.log(*unread)
+                    unread = None
+                if self._is_due(step) and not stopping:
+                    try:
+                        self.evaluate(step)
+                    except Stopped:  # the run that continues begins with this evaluation
+                        stopping = saving = True
+                if saving:
+                    self.save(step)
+                if stopping:
+                    self.saved.wait()
+                    hosts.say(
+                        f"stopped at step {step} of {plan.num_steps}; the same command continues"
+                    )
+                    return STOPPED
+        self.saved.wait()
+        if hosts.is_first():
+            evaluation.print_result(plan, self.history)
+        return 0
+
+    def step(self) -> tuple[dict[str, Any], int]:
+        """One update on the next batch: (its metrics, not yet read; tokens in the batch)."""
+        batch: Batch = next(self.loader)
+        # For the rates alone, so this host's share speaks for the others.
+        tokens = self.plan.parallel.shard[1] * int((batch.segment_ids > 0).sum())
+        batch = self.reference.place(batch)
+        self.state, values = self.update(self.state, batch, self.reference.frozen)
+        return values, tokens
+
+    def log(self, step: int, values: dict[str, Any], tokens: int):
+        """Writes and shows the metrics of a step. Raises FloatingPointError if they are not finite."""
+        values = metrics.floats(values)
+        unit = self.plan.objective.unit
+        rates = self.progress.update(step, values, **{"tokens": tokens, unit: values[unit]})
+        # The rate that this update was computed with: optax counts from 0.
+        rate = self.plan.schedule(step - 1)
+        self.writer.write(step, values | {"learning_rate": rate} | rates)
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(values[name]):
+                raise FloatingPointError(
+                    f"the {name} at step {step} is {values[name]}: lower optimizer.peak or "
+                    f"optimizer.clip_norm; the checkpoints in {self.plan.workdir} are from before"
+                )
+
+    def evaluate(self, step: int):
+        """Measures the current parameters, and adds the result to the history."""
+        found = self.evaluation.run(self.state.params)
+        self.history.append({"step": step, **found})
+        if found:
+            self.writer.write(step, {f"eval/{name}": value for name, value in found.items()})
+            hosts.say(f"evaluation at step {step}: {evaluation.shown(self.plan, found)}")
+
+    def save(self, step: int):
+        """Starts to save the state, with all else that a resume needs."""
+        extra = {
+            "next_index": self.loader.next_index,
+            "identity": self.identity,
+            "evaluations": list(self.history),
+        }
+        self.writer.flush()
+        self.saved.save(step, self.state, extra)
+
+    def _is_due(self, step: int) -> bool:
+        """Whether a step is followed by an evaluation."""
+        every = self.plan.eval.every
+        return step in (0, self.plan.num_steps) or (every > 0 and step % every == 0)
+
+    def _first_state(self, shardings: TrainState) -> TrainState:
+        plan = self.plan
+        if hosts.is_first():
             _write_model_folder(plan)
         params = None
-        if c.init_from:
-            params = loading.load(c.init_from, c.model.param_dtype, shardings.params)[1]
-        key = noise.stream_key(c.seed, "init")
-        current = state.init_state(plan.model, plan.tx, plan.mesh, key, params)
-        history, next_index = [], 0
-        del params
-    else:
-        current, extra = restored
-        history, next_index = extra["evaluations"], extra["next_index"]
-        hosts_lib.say(
-            f"continuing from step {int(current.step)} of {plan.num_steps} in {plan.workdir}"
-        )
-    start = int(current.step)
-
-    end_index = next_index + max(plan.num_steps - start, 0) * c.data.batch_rows
-    policy_reference = (
-        Reference(plan, shardings.params, stop, end_index) if c.objective == "vrpo" else None
-    )
-    # What a run may not change in the middle.
-    identity = {
-        "data": plan.rows.fingerprint,
-        "settings of the loss, its noise or the seed": f"{plan.settings}, noise {noise.FORMAT}",
-        "reference policy": policy_reference.fingerprint if policy_reference else "",
-    }
-    if restored is not None and (
-        changed := [k for k, v in identity.items() if extra["identity"].get(k) != v]
-    ):
-        raise ValueError(
-            f"{plan.workdir} was trained with other {' and '.join(changed)} up to step {start}: go on with the old "
-            "config and files, or give another --workdir"
-        )
-    update = jit_update(plan, shardings)
-    evaluations = Evaluation(plan, policy_reference, stop)
-    loader = host_loader(
-        plan, plan.rows, batch_rows=c.data.batch_rows, seed=c.seed, start=next_index
-    )
-    hosts = plan.parallel.shard[1]
-    show = ("loss", "rewards/accuracies", "rewards/margins") if c.objective == "vrpo" else ("loss",)
-
-    def save(step):
-        extra = {
-            "next_index": loader.next_index,
-            "identity": identity,
-            "evaluations": list(history),
-        }
-        writer.flush()
-        saved.save(step, current, extra)
-
-    def is_due(step):
-        return step in (0, plan.num_steps) or (c.eval.every > 0 and step % c.eval.every == 0)
-
-    # Unless it is in the history: a run that was stopped went without the evaluation of its last step.
-    evaluates_first = is_due(start) and (not history or history[-1]["step"] < start)
-    with (
-        metrics.Writer(plan.workdir, start, evaluates_again=evaluates_first) as writer,
-        metrics.Progress(
-            plan.num_steps, start, show=show, every=c.eval.seconds_between_lines
-        ) as progress,
-    ):
-
-        def log(step, values, counts):
-            values = metrics.floats(values)
-            rates = progress.update(step, values, **counts)
-            # The rate that this update was computed with: optax counts from 0.
-            writer.write(step, values | {"learning_rate": plan.schedule(step - 1)} | rates)
-            for name in ("loss", "grad_norm"):
-                if not math.isfinite(values[name]):
-                    raise FloatingPointError(
-                        f"the {name} at step {step} is {values[name]}: lower optimizer.peak or optimizer.clip_norm; "
-                        f"the checkpoints in {plan.workdir} are from before"
-                    )
-
-        def run_evaluations(step):
-            found = evaluations.run(current.params)
-            history.append({"step": step, **found})
-            if found:
-                writer.write(step, {f"eval/{name}": value for name, value in found.items()})
-                hosts_lib.say(f"evaluation at step {step}: {shown(found)}")
-
-        if evaluates_first:
-            run_evaluations(start)
-        pending = None
-        for step in range(start + 1, plan.num_steps + 1):
-            batch = next(loader)
-            # For the rates alone, so this host's share speaks for the others.
-            counts = {"tokens": hosts * int((batch.segment_ids > 0).sum())}
-            extra_input = () if policy_reference is None else (policy_reference.of(batch),)
-            current, values = update(current, plan.parallel.put(batch), *extra_input)
-            if c.objective == "vrpo":
-                counts["pairs"] = hosts * _count_pairs(batch)
-            # House rule 4: the metrics of the step before are read while this one runs.
-            if pending:
-                log(*pending)
-            pending = (step, values, counts)
-            stopping = stop.agreed()  # read once: the signal may come between two lines
-            saving = step == plan.num_steps or stopping or step % c.checkpoint.every == 0
-            if is_due(step) or saving:  # what a checkpoint holds is logged and finite
-                log(*pending)
-                pending = None
-            if is_due(step) and not stopping:
-                try:
-                    run_evaluations(step)
-                except Stopped:  # the run that continues begins with this evaluation
-                    stopping = saving = True
-            if saving:
-                save(step)
-            if stopping:
-                saved.wait()
-                hosts_lib.say(
-                    f"stopped at step {step} of {plan.num_steps}; the same command continues"
-                )
-                return STOPPED
-    saved.wait()
-    if hosts_lib.is_first():
-        print_result(plan, history)
-    return 0
+        if plan.init_from:
+            params = loading.load(plan.init_from, plan.model.param_dtype, shardings.params)[1]
+        key = noise.stream_key(plan.seed, "init")
+        return state_lib.init_state(plan.model, plan.tx, plan.mesh, key, params)
 
 
-def host_loader(plan: Plan, rows: Rows, **settings):
-    """This host's share of every batch."""
-    index, count = plan.parallel.shard
-    return batches_lib.loader(rows, shard_index=index, shard_count=count, **settings)
-
-
-def _count_pairs(batch) -> int:
-    return int((batch.segment_ids.max(axis=1) // 2).sum())
-
-
-def _write_model_folder(plan: Plan):
-    """workdir/model: config.json and the tokenizer, so that the workdir is a checkpoint on its own."""
+def _write_model_folder(plan: Experiment):
+    """workdir/model: config.json and the tokenizer, so that the workdir is a model on its own."""
     folder = plan.workdir / "model"
     plan.tokenizer.save(folder)
-    (folder / "config.json").write_text(json.dumps(plan.model.config.to_dict(), indent=1) + "\n")
+    content = json.dumps(plan.model.config.to_dict(), indent=1) + "\n"
+    write_whole(folder / "config.json", content)

@@ -1,9 +1,39 @@
 """Learning-rate schedule, weight-decay mask, optimiser."""
 
+import dataclasses
+
 import jax
 import optax
 
+from llada_jax import config
+
 SCHEDULES = ("cosine", "constant")
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """AdamW and its learning rate."""
+
+    peak: float = 1e-3  # learning rate after warm-up
+    warmup_steps: int = 100  # steps of linear warm-up from 0
+    schedule: str = "cosine"  # after warm-up; or "constant", down in the last tenth of the steps
+    end_fraction: float = 0.0  # of the peak, at the last step
+    b1: float = 0.9  # decay of the mean of gradients
+    b2: float = 0.95  # decay of the mean of their squares
+    eps: float = 1e-8  # added to the root of the latter
+    weight_decay: float = 0.01  # of matrices, not of the scales of norms
+    clip_norm: float = 1.0  # largest norm of a gradient; 0: no clipping
+    accumulate: int = 1  # parts of a batch, one after the other: less memory, the same result
+
+    def __post_init__(self):
+        config.one_of(self, schedule=SCHEDULES)
+        config.at_least(self, accumulate=1, warmup_steps=0, weight_decay=0, clip_norm=0)
+        for name in ("peak", "eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0")
+        for name in ("b1", "b2", "end_fraction"):
+            if not 0 <= getattr(self, name) <= 1 or (name != "end_fraction" and getattr(self, name) == 1):
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
 
 
 def make_schedule(

@@ -1,63 +1,86 @@
-"""The reference policy of a run: parameters, or cached terms."""
+"""The reference policy of a run: parameters, or terms computed before training."""
 
 import functools
+from typing import Any
 
 import jax
 
-from llada_jax import metrics, noise
+from llada_jax import config, metrics, noise
+from llada_jax.batch import Batch
 from llada_jax.checkpoints import hashing, loading
 from llada_jax.data.rows import Rows
-from llada_jax.objectives import preference
-from llada_jax.parallel import mesh
+from llada_jax.parallel import mesh as mesh_lib
 from llada_jax.parallel.stop import Stop
-from llada_jax.train.experiment import Plan
-from llada_jax.train.loop import host_loader
+from llada_jax.train.experiment import Experiment
 from llada_jax.train.reference_cache import ReferenceCache
 
 
-class Reference:
-    """The reference policy as `vrpo_step` and the evaluation want it: parameters, or cached terms of a batch.
+class Policy:
+    """What a step and an evaluation take beside a batch: `frozen`, or terms in the batch.
 
-    `end_index`: of the loader after the last step.
+    A run whose objective has no reference policy has a `Policy` too, an empty one.
     """
 
-    def __init__(self, plan: Plan, shardings, stop: Stop, end_index: int):
-        c = plan.config
+    def __init__(self, plan: Experiment, shardings, stop: Stop):
         self._plan, self._stop = plan, stop
-        self._settings = {"train": plan.settings, "heldout": plan.eval_settings}
-        dtype = c.vrpo.reference_dtype or c.model.param_dtype
-        self._params = loading.load(c.vrpo.reference_from or c.init_from, dtype, shardings)[1]
-        self.fingerprint = hashing.fingerprint(self._params)
-        self._caches = {}
-        if c.vrpo.reference == "cached":
-            epochs = -(-end_index // len(plan.rows))
-            self._caches["train"] = self._fill("train", plan.rows, epochs)
-            if plan.heldout is not None:
-                self._caches["heldout"] = self._fill("heldout", plan.heldout, 1)
-            self._params = None
+        self.frozen: Any = None  # the parameters, if steps take them
+        self.fingerprint = ""  # of the parameters
+        self._caches: dict[str, ReferenceCache] = {}
+        if plan.reference is not None:
+            path = plan.reference.reference_from or plan.init_from
+            self.frozen = loading.load(path, plan.reference_dtype, shardings)[1]
+            self.fingerprint = hashing.fingerprint(self.frozen)
 
-    def _fill(self, which: str, rows: Rows, epochs: int) -> ReferenceCache:
-        plan, settings = self._plan, self._settings[which]
-        batch_rows = plan.rows_at_once
-        noise_settings = (settings.scheme, settings.share_noise, settings.seed, settings.stream)
-        terms_fn = self._terms_fn(which)
+    def compute_terms(self, end_index: int):
+        """Computes the terms that steps and evaluations will read, if the config asks for it.
+
+        `end_index` is the loader's index after the last step. The parameters are given up.
+        """
+        plan = self._plan
+        if plan.reference is None or not plan.reference.is_cached:
+            return
+        epochs = -(-end_index // len(plan.rows))
+        self._caches["train"] = self._cache(self.frozen, plan.settings, plan.rows, epochs)
+        if plan.heldout is not None:
+            heldout = self._cache(self.frozen, plan.heldout_settings, plan.heldout, 1)
+            self._caches["heldout"] = heldout
+        self.frozen = None
+
+    def place(self, batch: Batch, which: str = "train") -> Batch:
+        """A host's batch on the devices, with the reference's terms if they were computed before."""
+        if which in self._caches:
+            batch = batch.replace(reference=self._caches[which][batch])
+        return self._plan.parallel.put(batch)
+
+    def _cache(self, params: Any, settings: Any, rows: Rows, epochs: int) -> ReferenceCache:
+        plan = self._plan
+        terms_fn = functools.partial(
+            plan.objective.reference_terms, model=plan.model, settings=settings
+        )
         gathered = plan.parallel.jit(
             lambda params, batch: (batch.row_ids, terms_fn(params, batch)),
             (False, True),
             out_rows=True,
-            out_shardings=mesh.replicated(plan.mesh),
+            out_shardings=mesh_lib.replicated(plan.mesh),
         )
 
         def terms_of(batch):
             self._stop.check()
-            return jax.device_get(gathered(self._params, plan.parallel.put(batch)))
+            return jax.device_get(gathered(params, plan.parallel.put(batch)))
 
+        model = plan.model
         cache = ReferenceCache(
             plan.workdir / "reference",
+            # All that the terms depend on, rounding included.
             {
                 "reference": self.fingerprint,
                 "rows": rows.fingerprint,
-                "settings": repr((noise_settings, noise.FORMAT, plan.model, plan.num_segments)),
+                "settings": config.identity(settings),
+                "noise format": noise.FORMAT,
+                "model": model.config.to_dict(),
+                "dtype": str(model.dtype),
+                "attention": model.attention,
+                "segments": plan.num_segments,
             },
             num_rows=len(rows),
             epochs=epochs,
@@ -66,15 +89,13 @@ class Reference:
         )
 
         def batches_of(epoch, start):
-            index = epoch * len(rows) + start
-            return host_loader(
-                plan,
+            return plan.batches(
                 rows,
-                batch_rows=batch_rows,
+                batch_rows=plan.rows_at_once,
                 seed=0,
                 shuffle=False,
                 epochs=epoch + 1,
-                start=index,
+                start=epoch * len(rows) + start,
                 pad=True,
             )
 
@@ -82,35 +103,7 @@ class Reference:
             cache.fill(
                 terms_of,
                 batches_of,
-                batch_rows=batch_rows,
+                batch_rows=plan.rows_at_once,
                 progress=lambda done, _: progress.update(done),
             )
         return cache
-
-    def of(self, batch):
-        """What `vrpo_step` takes beside a batch."""
-        return self._cached("train", batch) if self._params is None else self._params
-
-    def terms(self, batch) -> jax.Array:
-        """Terms of the reference for a held-out batch, at the masks of the evaluation."""
-        if self._params is None:
-            return self._cached("heldout", batch)
-        return self._heldout_terms(self._params, self._plan.parallel.put(batch))
-
-    @functools.cached_property
-    def _heldout_terms(self):
-        sharding = mesh.rows(self._plan.mesh)
-        return self._plan.parallel.jit(
-            self._terms_fn("heldout"), (False, True), out_rows=True, out_shardings=sharding
-        )
-
-    def _terms_fn(self, which: str):
-        return functools.partial(
-            preference.reference_terms,
-            model=self._plan.model,
-            settings=self._settings[which],
-            num_segments=self._plan.num_segments,
-        )
-
-    def _cached(self, which: str, batch) -> jax.Array:
-        return self._plan.parallel.put(self._caches[which][batch])

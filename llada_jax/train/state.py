@@ -10,7 +10,6 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key
 
-from llada_jax.models.llada import LLaDA
 from llada_jax.parallel import mesh as mesh_lib
 
 
@@ -23,7 +22,7 @@ class TrainState:
     opt_state: Any
 
 
-def _create(model: LLaDA, tx: optax.GradientTransformation):
+def _create(model: nn.Module, tx: optax.GradientTransformation):
     model = model.clone(
         attention="xla"
     )  # two tokens are enough to make the parameters, too few for a kernel
@@ -35,7 +34,7 @@ def _create(model: LLaDA, tx: optax.GradientTransformation):
     return create
 
 
-def abstract_state(model: LLaDA, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(model: nn.Module, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, types and shardings of the state, without an array: what restoring and compiling need."""
     create, key = _create(model, tx), jax.random.key(0)
     shardings = mesh_lib.shardings(mesh, jax.eval_shape(create, key))
@@ -47,7 +46,7 @@ def abstract_state(model: LLaDA, tx: optax.GradientTransformation, mesh: Mesh) -
 
 
 def init_state(
-    model: LLaDA, tx: optax.GradientTransformation, mesh: Mesh, key: Key[Array, ""], params=None
+    model: nn.Module, tx: optax.GradientTransformation, mesh: Mesh, key: Key[Array, ""], params=None
 ):
     """A new state, each parameter made where it will live; `params` (host or device arrays) replace random ones."""
     abstract = abstract_state(model, tx, mesh)

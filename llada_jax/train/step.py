@@ -1,106 +1,86 @@
-"""The training steps, pure: (state, batch, ...) -> (state, metrics). train.py jits, shards and donates."""
+"""One training step, pure, for every objective: (state, batch, frozen) -> (state, metrics)."""
 
 import functools
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
-from llada_jax import losses
 from llada_jax.batch import Batch
-from llada_jax.models.llada import LLaDA
-from llada_jax.objectives.denoising import Denoising, crop
-from llada_jax.objectives.preference import Preference, reference_terms, score_pairs
-from llada_jax.objectives.terms import Metrics, draw, model_terms, segment_lengths
-from llada_jax.parallel import mesh
-from llada_jax.train.experiment import Plan
+from llada_jax.objectives import Objective
+from llada_jax.parallel import mesh as mesh_lib
+from llada_jax.train.experiment import Experiment
 from llada_jax.train.state import TrainState
 
+Metrics = dict[str, jax.Array]
 
-def vrpo_step(
+
+def train_step(
     state: TrainState,
     batch: Batch,
-    reference: Any,
+    frozen: Any,
     *,
-    model: LLaDA,
+    objective: Objective,
+    model: nn.Module,
     tx: optax.GradientTransformation,
-    settings: Preference,
-    num_segments: int,
-    cached: bool = False,
+    settings: Any,
     accumulate: int = 1,
     axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """One VRPO update on packed preference rows.
+    """One update: the gradient of the mean loss over the examples of the batch.
 
-    `reference` is the reference policy's parameters, or, where `cached`, its terms [r, n, s] for this batch
-    (`reference_terms`); both give the same update. `accumulate` parts of the batch go through the model one after the
-    other, which changes memory, not the result. `axis_name`: of a mapped axis that splits the rows of the batch; None
-    where `batch` holds them all.
+    `frozen` holds the reference policy's parameters; it is None if the objective has no reference,
+    or if `batch.reference` has its terms. Both give the same update. `accumulate` parts of the batch
+    go through the model one after the other, which changes memory, not the result. `axis_name` is a
+    mapped axis that splits the rows of the batch; it is None if `batch` holds all rows.
     """
-    pairs = jnp.sum(segment_lengths(batch, num_segments)[:, 0::2] > 0).astype(jnp.float32)
-    total_pairs = _over_devices(pairs, axis_name)
-    kwargs = {"model": model, "settings": settings, "num_segments": num_segments}
-
-    def loss_fn(params, part):
-        rows, terms = part
-        if not cached:
-            terms = reference_terms(reference, rows, **kwargs)
-        metrics, is_pair = score_pairs(params, rows, terms, **kwargs)
-        # This part's share of each mean over all pairs of the batch.
-        metrics = {
-            name: jnp.sum(jnp.where(is_pair, x, 0)) / jnp.maximum(total_pairs, 1)
-            for name, x in metrics.items()
-        }
-        loss = metrics["loss/preference"] + settings.sft_weight * metrics["loss/sft"]
-        return loss, metrics | {"loss": loss}
-
-    parts = (batch, reference if cached else None)
-    grads, metrics = _over_devices(_gradient(loss_fn, state.params, parts, accumulate), axis_name)
-    if "score/mc_variance" in metrics:
-        metrics["score/mc_stderr"] = jnp.sqrt(metrics["score/mc_variance"])
-    return _update(state, grads, metrics | {"pairs": total_pairs}, tx)
-
-
-def sft_step(
-    state: TrainState,
-    batch: Batch,
-    *,
-    model: LLaDA,
-    tx: optax.GradientTransformation,
-    settings: Denoising,
-    num_segments: int,
-    accumulate: int = 1,
-    axis_name: str | None = None,
-) -> tuple[TrainState, Metrics]:
-    """One denoising update: sum over masked of CE / p, divided by the answer length, mean over samples (spec).
-
-    `accumulate` and `axis_name` as in `vrpo_step`.
-    """
-    batch = crop(batch, settings)
-    total = _over_devices(
-        jnp.sum(segment_lengths(batch, num_segments) > 0).astype(jnp.float32), axis_name
-    )
+    batch = objective.prepare(batch, settings)
+    total = _over_devices(objective.is_example(batch).sum().astype(jnp.float32), axis_name)
 
     def loss_fn(params, rows):
-        drawn = draw(
-            rows, settings.scheme, seed=settings.seed, stream="policy", num_segments=num_segments
-        )
-        terms = model_terms(
-            model, params, rows, drawn, num_segments=num_segments, chunk=settings.mc_chunk
-        )
-        loss = losses.denoising_loss(terms.mean(0), segment_lengths(rows, num_segments))
-        loss = jnp.sum(loss) / jnp.maximum(total, 1)
-        return loss, {"loss": loss}
+        examples = objective.examples(params, rows, frozen, model=model, settings=settings)
+        mask = objective.is_example(rows)
+        # This part's share of each mean over all examples of the batch.
+        means = {
+            name: jnp.sum(jnp.where(mask, x, 0)) / jnp.maximum(total, 1)
+            for name, x in examples.items()
+        }
+        return means["loss"], means
 
-    grads, metrics = _over_devices(_gradient(loss_fn, state.params, batch, accumulate), axis_name)
-    return _update(state, grads, metrics, tx)
+    grads, metrics = _over_devices(
+        _gradient(loss_fn, state.params, batch, accumulate), axis_name
+    )
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics |= {
+        **objective.summary(metrics),
+        objective.unit: total,
+        "grad_norm": optax.global_norm(grads),
+    }
+    return TrainState(state.step + 1, params, opt_state), metrics
 
 
-# Pre-training is the same step: a row is one segment that is all response, so that "divided by the answer length,
-# mean over samples" is "divided by batch x length"; `settings.crop_probability` cuts some rows short.
-pretrain_step = sft_step
+def jit_update(experiment: Experiment, shardings: TrainState):
+    """The compiled step, (state, batch, frozen) -> (state, metrics); the state is donated."""
+    step = functools.partial(
+        train_step,
+        objective=experiment.objective,
+        model=experiment.model,
+        tx=experiment.tx,
+        settings=experiment.settings,
+        accumulate=experiment.optimizer.accumulate,
+        axis_name=experiment.parallel.axis_name,
+    )
+    return experiment.parallel.jit(
+        step,
+        (False, True, False),
+        out_rows=False,
+        out_shardings=(shardings, mesh_lib.replicated(experiment.mesh)),
+        donate=0,
+    )
 
 
 def _over_devices(tree: Any, axis_name: str | None):
@@ -108,8 +88,8 @@ def _over_devices(tree: Any, axis_name: str | None):
     return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
 
-def _gradient(loss_fn: Callable, params: Any, rows: Any, accumulate: int):
-    """Gradient and metrics of a loss that adds up over rows (axis 0), in `accumulate` parts one after the other."""
+def _gradient(loss_fn: Callable, params: Any, rows: Batch, accumulate: int):
+    """Gradient and metrics of a loss that adds up over rows, in `accumulate` parts."""
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
     if accumulate == 1:
         (_, metrics), grads = gradient(params, rows)
@@ -130,36 +110,3 @@ def _gradient(loss_fn: Callable, params: Any, rows: Any, accumulate: int):
     )
     (summed, metrics), _ = jax.lax.scan(add, zeros, pieces)
     return jax.tree.map(lambda g, p: g.astype(p.dtype), summed, params), metrics
-
-
-def _update(state: TrainState, grads: Any, metrics: Metrics, tx: optax.GradientTransformation):
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    metrics = metrics | {"grad_norm": optax.global_norm(grads)}
-    return TrainState(state.step + 1, params, opt_state), metrics
-
-
-def jit_update(plan: Plan, shardings):
-    """The compiled step of a plan, (state, batch, ...) -> (state, metrics), its state donated."""
-    c = plan.config
-    extra_rows = ()
-    common = {
-        "model": plan.model,
-        "tx": plan.tx,
-        "settings": plan.settings,
-        "num_segments": plan.num_segments,
-        "accumulate": c.optimizer.accumulate,
-        "axis_name": plan.parallel.axis_name,
-    }
-    if c.objective == "vrpo":
-        cached = c.vrpo.reference == "cached"
-        extra_rows = (cached,)  # terms of each row, or parameters
-        step = functools.partial(vrpo_step, cached=cached, **common)
-    else:
-        step = functools.partial(
-            {"sft": sft_step, "pretrain": pretrain_step}[c.objective], **common
-        )
-    out_shardings = (shardings, mesh.replicated(plan.mesh))
-    return plan.parallel.jit(
-        step, (False, True, *extra_rows), out_rows=False, out_shardings=out_shardings, donate=0
-    )

@@ -2,12 +2,12 @@
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from llada_jax.batch import Batch
 from llada_jax.metrics import Mean
-from llada_jax.models.llada import LLaDA
 from llada_jax.objectives import terms as terms_lib
 from llada_jax.objectives.preference import Preference
 from llada_jax.variance import decomposition
@@ -19,9 +19,8 @@ def score_variance(
     batch: Batch,
     reference: Any,
     *,
-    model: LLaDA,
+    model: nn.Module,
     settings: Preference,
-    num_segments: int,
     repeats: int,
     axis_name: str | None = None,
 ) -> dict[str, Mean]:
@@ -31,16 +30,11 @@ def score_variance(
     "score_v_yt" are Lemma 5's, of one iid draw of noise that is shared, by two samples at each of `repeats` >= 3 times.
     """
 
-    def terms_fn(
-        params, batch, drawn
-    ):  # one draw at a time: the memory of training may be that of one
-        return terms_lib.model_terms(
-            model, params, batch, drawn, num_segments=num_segments, chunk=1
-        )
+    # One draw at a time: the memory of training may be that of one.
+    def terms_fn(params, batch, drawn):
+        return terms_lib.model_terms(model, params, batch, drawn, chunk=1)
 
-    problem = Problem(
-        terms_fn, num_segments, settings.beta, settings.seed, parts=(), gradient=False
-    )
+    problem = Problem(terms_fn, settings.beta, settings.seed, parts=(), gradient=False)
     estimator = Estimator(settings.scheme, settings.share_noise)
     is_pair = problem.is_pair(batch)
 

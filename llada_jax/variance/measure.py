@@ -6,6 +6,7 @@ Every batch and estimator leaves a file, so that the same command goes on where 
 import argparse
 import functools
 import importlib.util
+import io
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -16,12 +17,13 @@ import numpy as np
 from etils import epath
 from flax import linen as nn
 
-from llada_jax import metrics, noise, tokenizer
+from llada_jax import metrics, models, noise, tokenizer
 from llada_jax.checkpoints import hashing, loading
 from llada_jax.data import batches as batches_lib
 from llada_jax.data import rows as rows_lib
+from llada_jax.data.packing import Packing
 from llada_jax.data.rows import Rows
-from llada_jax.models.llada import LLaDA, flops_per_token
+from llada_jax.files import write_whole
 from llada_jax.objectives import terms as terms_lib
 from llada_jax.parallel import agree, mesh
 from llada_jax.parallel import hosts as hosts_lib
@@ -70,36 +72,41 @@ class Run:
             )
         parts = (EVERYTHING, *args.part) if not args.no_gradient else ()
         self.model, self.rows = self._open(parts)
-        segments = self.rows.num_segments
         self.count = -(-len(self.rows) // args.batch_rows)
         self.problem = Problem(
-            functools.partial(_model_terms, model=self.model, num_segments=segments, chunk=args.mc_chunk),
-            segments, args.beta, args.seed, parts, not args.no_gradient, self.rows.stats.samples == self.count,
-        )  # fmt: skip
+            functools.partial(_model_terms, model=self.model, chunk=args.mc_chunk),
+            args.beta,
+            args.seed,
+            parts,
+            gradient=not args.no_gradient,
+            one_pair=self.rows.stats.samples == self.count,
+        )
 
-    def _open(self, parts: tuple[str, ...]) -> tuple[LLaDA, Rows]:
+    def _open(self, parts: tuple[str, ...]) -> tuple[nn.Module, Rows]:
         args = self.args
         configs = [loading.read_config(path) for path in (args.policy, args.reference)]
         if configs[0] != configs[1]:
             raise ValueError(
                 f"--policy={args.policy} and --reference={args.reference} are different architectures"
             )
-        boxed = jax.eval_shape(
-            LLaDA(configs[0]).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32)
-        )["params"]
+        boxed = models.boxed_shapes(configs[0])
         if parts:  # a --part that is not there shows before a weight is read
             jax.eval_shape(
                 lambda params: gradients_lib.squared_norms(params, parts), nn.unbox(boxed)
             )
         words = tokenizer.load(loading.model_folder(args.policy))
+        packing = Packing(
+            row_length=args.row_length or configs[0].max_sequence_length,
+            template=args.template,
+            append_eos=not args.no_eos,
+            too_long="truncate",
+            bad_records="skip",
+            limit=args.pairs_limit,
+        )
+        cache_dir = self.out / "data"
         rows = agree.once_per_disk(
-            self.out / "data",
-            lambda: rows_lib.prepare(
-                args.pairs, "preference", words, row_length=args.row_length or configs[0].max_sequence_length,
-                cache_dir=self.out / "data", template=args.template, append_eos=not args.no_eos, too_long="truncate",
-                bad_records="skip", limit=args.pairs_limit,
-            ),
-        )  # fmt: skip
+            cache_dir, lambda: rows_lib.prepare(args.pairs, words, packing, cache_dir=cache_dir)
+        )
         shardings = mesh.shardings(self.mesh, boxed)
         model, self.params = loading.load(args.policy, args.dtype, shardings)
         self.reference = loading.load(args.reference, args.dtype, shardings)[1]
@@ -296,20 +303,16 @@ class Run:
 
     def _save(self, path: epath.Path, values: dict) -> dict:
         if hosts_lib.is_first():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(path.name + ".partial")
-            with partial.open("wb") as f:
-                np.savez(f, **values)
-            partial.replace(path)
+            content = io.BytesIO()
+            np.savez(content, **values)
+            write_whole(path, content.getvalue())
         return values
 
 
-def _model_terms(params, batch, drawn, *, model: LLaDA, num_segments: int, chunk: int):
+def _model_terms(params, batch, drawn, *, model: nn.Module, chunk: int):
     n = drawn.masked.shape[0]
     chunk = max(size for size in range(1, min(chunk or n, n) + 1) if n % size == 0)
-    return terms_lib.model_terms(
-        model, params, batch, drawn, num_segments=num_segments, chunk=chunk
-    )
+    return terms_lib.model_terms(model, params, batch, drawn, chunk=chunk)
 
 
 def _slug(name: str) -> str:
@@ -327,8 +330,7 @@ def _check_identity(run: Run):
                 "give another --out"
             )
     elif hosts_lib.is_first():
-        run.out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(mine, indent=1) + "\n")
+        write_whole(path, json.dumps(mine, indent=1) + "\n")
 
 
 def run(args: argparse.Namespace) -> str:
@@ -342,6 +344,7 @@ def run(args: argparse.Namespace) -> str:
         return ""
     # Positions of a row that one pair takes, for the cost of a model call.
     tokens = this.rows.stats.tokens / this.rows.stats.samples
+    flops_per_token = models.family_of(this.model.config).flops_per_token
     flops = flops_per_token(this.model.config, this.rows.row_length) * tokens
     table = tables.tabulate(
         found, this.estimators, parts=this.problem.parts, beta=args.beta, flops=flops

@@ -32,7 +32,6 @@ class Problem:
     """What is estimated: preference scores of packed rows under `terms_fn`, and the gradient of their mean loss."""
 
     terms_fn: TermsFn
-    num_segments: int
     beta: float = 0.2
     seed: int = 0
     parts: tuple[str, ...] = (EVERYTHING,)
@@ -56,13 +55,13 @@ class Problem:
             keys,
             batch.response_mask,
             batch.segment_ids,
-            num_segments=self.num_segments,
+            num_segments=batch.num_segments,
             scheme=scheme,
         )
 
     def is_pair(self, batch: Any) -> Array:
         """[r, p]: which places of a row hold a pair."""
-        winners = jnp.arange(1, self.num_segments, 2)
+        winners = jnp.arange(1, batch.num_segments, 2)
         return jnp.any(
             (batch.segment_ids[..., None] == winners) & batch.response_mask[..., None], axis=1
         )
@@ -151,14 +150,14 @@ class Problem:
             return moments, (jnp.stack([terms, frozen]), squares)
 
         moments, (terms, squares) = jax.lax.scan(step, self.zero(params), drawn)
-        inside = batch.segment_ids[..., None] == jnp.arange(1, self.num_segments + 1)
+        inside = batch.segment_ids[..., None] == jnp.arange(1, batch.num_segments + 1)
         size = jnp.sum(inside & batch.response_mask[..., None], axis=1)
         masked = jnp.sum(inside & drawn.masked[..., None], axis=2)
         return jnp.moveaxis(terms, 0, 1), masked / jnp.maximum(size, 1), moments, squares
 
 
 def terms_of(
-    logits_fn: Callable[[Any, Array], Array], *, mask_id: int, num_segments: int
+    logits_fn: Callable[[Any, Array], Array], *, mask_id: int
 ) -> TermsFn:
     """A TermsFn for `logits_fn(params, tokens [..., l]) -> logits`, for rows that it takes as they are."""
 
@@ -171,7 +170,7 @@ def terms_of(
             drawn,
             batch.tokens,
             batch.segment_ids,
-            num_segments=num_segments,
+            num_segments=batch.num_segments,
             mask_id=mask_id,
         )
 

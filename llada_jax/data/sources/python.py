@@ -1,18 +1,18 @@
-"""The source python:module:function?key=value."""
+"""The source python:module:function?key=value: a function that yields records."""
 
 import ast
-import importlib
+import itertools
+import json
 import urllib.parse
 from collections.abc import Iterator
 
+from llada_jax.data.sources.source import Source
+from llada_jax.files import load_function
 
-def python_records(spec: str) -> Iterator[tuple[str, object]]:
+
+def _records(spec: str) -> Iterator[tuple[str, object]]:
     name, _, query = spec.partition("?")
-    module, _, function = name.partition(":")
-    try:
-        make = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as e:
-        raise ValueError(f"data source python:{spec}: {e}; write python:module:function") from e
+    make = load_function(name, "data source python:")
     arguments = {
         key: _literal(value) for key, value in urllib.parse.parse_qsl(query, keep_blank_values=True)
     }
@@ -24,3 +24,11 @@ def _literal(text: str) -> object:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
+
+
+def _identify(spec: str, digest, limit: int) -> None:
+    for _, record in itertools.islice(_records(spec), limit or None):
+        digest.update(json.dumps(record, sort_keys=True, default=str).encode())
+
+
+PYTHON = Source(_records, _identify)

@@ -7,14 +7,16 @@ from collections.abc import Iterator
 import numpy as np
 import tensorflow_datasets as tfds
 
+from llada_jax.data.sources.source import Source
 
-def tfds_records(spec: str) -> Iterator[tuple[str, object]]:
-    builder, split = tfds_builder(spec)
+
+def _records(spec: str) -> Iterator[tuple[str, object]]:
+    builder, split = _builder(spec)
     for number, record in enumerate(builder.as_data_source(split=split)):
         yield f"{builder.data_path}:{split}:{number}", _from_tfds(record)
 
 
-def tfds_builder(spec: str) -> tuple[tfds.core.DatasetBuilder, str]:
+def _builder(spec: str) -> tuple[tfds.core.DatasetBuilder, str]:
     match = re.fullmatch(r"(.+?):(\w[^/]*)", spec)  # a split may hold colons too: train[:100]
     name, split = match.groups() if match else (spec, "train")
     is_path = name.startswith(("/", ".", "~")) or "://" in name
@@ -24,7 +26,8 @@ def tfds_builder(spec: str) -> tuple[tfds.core.DatasetBuilder, str]:
         )
     except Exception as e:  # it raises many kinds, over many lines
         raise FileNotFoundError(
-            f"data source tfds:{spec}: no prepared dataset at {name}; prepare it, or set TFDS_DATA_DIR to where it is"
+            f"data source tfds:{spec}: no prepared dataset at {name}; prepare it, or set "
+            "TFDS_DATA_DIR to where it is"
         ) from e
     if not builder.data_path.exists():
         raise FileNotFoundError(
@@ -37,14 +40,15 @@ def tfds_builder(spec: str) -> tuple[tfds.core.DatasetBuilder, str]:
         )
     if builder.info.file_format.value != "array_record":
         raise ValueError(
-            f"data source tfds:{spec}: {builder.data_path} is stored as {builder.info.file_format.value}, which takes"
-            ' TensorFlow to read; prepare it with file_format="array_record"'
+            f"data source tfds:{spec}: {builder.data_path} is stored as "
+            f"{builder.info.file_format.value}, which takes TensorFlow to read; prepare it with "
+            'file_format="array_record"'
         )
     return builder, split
 
 
 def _from_tfds(value: object) -> object:
-    """Bytes to str, arrays to lists, and a sequence of messages, which comes as {role: [..], content: [..]}."""
+    """Bytes to str, arrays to lists, {role: [..], content: [..]} to a list of messages."""
     if isinstance(value, bytes):
         return value.decode("utf-8")
     if isinstance(value, np.ndarray | np.generic):
@@ -60,3 +64,13 @@ def _from_tfds(value: object) -> object:
                 dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)
             ]
     return value
+
+
+def _identify(spec: str, digest, limit: int) -> None:
+    del limit
+    builder, split = _builder(spec)
+    digest.update(f"{builder.data_path} {builder.version} {split}".encode())
+    digest.update((builder.data_path / "dataset_info.json").read_bytes())
+
+
+TFDS = Source(_records, _identify)
