@@ -1,7 +1,8 @@
-"""Packed rows on disk, and batches of them.
+"""Packed rows on disk.
 
-`prepare` packs a source (see `records` and `packing`) once into rows with random access, cached by content; `loader`
-turns rows into batches whose order depends on the seed alone, so that one integer resumes it on any number of hosts.
+`prepare` packs a source (see `records` and `packing`) once. The result has random access and is
+cached under a hash of the source's content and all settings. `batches.loader` forms batches of
+these rows.
 """
 
 import dataclasses
@@ -21,18 +22,17 @@ from llada_jax.data.packing import Packer, Settings, Stats
 from llada_jax.data.sources import identify
 from llada_jax.tokenizer import Tokenizer
 
-FORMAT = (
-    1  # of the files on disk, part of the cache key: raise it when the same input gives other rows
-)
+# Version of the files, part of the cache key. Raise it when the same input gives other rows.
+FORMAT = 1
 STALE_SECONDS = 24 * 3600.0
 
 
 class _Builder(tfds.core.GeneratorBasedBuilder):
-    """Writes an iterator of rows in its order."""
+    """Writes rows in the order of the iterator."""
 
     name = "llada_jax_rows"
     VERSION = tfds.core.Version(f"{FORMAT}.0.0")
-    pkg_dir_path = None  # there is no folder of documentation
+    pkg_dir_path = None  # this builder has no folder of documentation
 
     def __init__(self, rows: Iterator[dict[str, np.ndarray]], data_dir: epath.Path):
         self._rows = rows
@@ -54,17 +54,21 @@ class _Builder(tfds.core.GeneratorBasedBuilder):
         yield from enumerate(self._rows)
 
     def _log_download_bytes(self):
-        """Nothing is downloaded, so nothing is said about it."""
+        """Logs nothing, since nothing is downloaded."""
 
     _log_download_done = _log_download_bytes
 
 
 class Rows(Sequence):
-    """Packed rows with random access; `rows[i]` is a dict of tokens, segment_ids, response_mask, all [length] and
-    without padding (the loader pads).
+    """Packed rows with random access.
 
-    `stats`: `Stats`; `num_segments`: most segments in any row; `row_length`; `pad_id`; `kind`; `fingerprint`: hash of
-    the records, the tokenizer and every setting.
+    `rows[i]` is a dict of tokens, segment_ids and response_mask, each [length] and without padding
+    (the loader pads).
+
+    stats: the `Stats` of the preparation.
+    num_segments: the largest number of segments in any row.
+    row_length, pad_id, kind: as prepared; pad_id is the EOS id.
+    fingerprint: hash of the records, the tokenizer and every setting.
     """
 
     def __init__(self, directory: str | os.PathLike):
@@ -81,9 +85,8 @@ class Rows(Sequence):
         return len(self._source)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return self._source[
-            range(len(self))[index]
-        ]  # IndexError ends an iteration, the source has its own
+        # `range` raises IndexError, which ends an iteration; the source raises another error.
+        return self._source[range(len(self))[index]]
 
 
 def prepare(
@@ -102,20 +105,28 @@ def prepare(
     split: str = "train",
     limit: int = 0,
 ) -> Rows:
-    """Packs a source into rows of at most `row_length` tokens under cache_dir/<hash>, or opens those already there.
+    """Packs a source into rows of at most `row_length` tokens, or opens the rows if already cached.
 
-    kind: "preference" (pairs), "sft" (a prompt and a response) or "text" (documents, between bos and EOS, laid end to
-        end and cut into rows; the last short row is dropped; `template` and `too_long` do not matter).
-    template: see `encode_prompt`. append_eos: a response or document ends with EOS.
-    answer_multiple: ("sft") EOS pads the response, as part of it, to a multiple of so many tokens, never past the row;
-        row_length gives the published form, one sample a row.
-    too_long: what happens to a sample (for "preference" a pair, twice its prompt and both responses) that is longer
-        than a row: "drop", or "truncate", which cuts the end of the longer response, then of both; an EOS goes with
-        the end. A prompt that leaves no room, or a pair whose responses become equal, is dropped all the same.
-    bad_records: "stop" with an error that names the first, or "skip" and count them.
-    holdout, split: this fraction of the records is "heldout", the others are "train".
-    limit: only so many records of the source, before they are split; 0 is all.
-    ValueError or FileNotFoundError, in one line, for a source that gives no row. cache_dir is a local directory.
+    The rows are kept in cache_dir/<hash>; cache_dir must be a local directory.
+
+    kind: "preference" (pairs), "sft" (a prompt and a response) or "text" (documents). Text
+        documents are put between bos and EOS, joined end to end and cut into rows; a last short
+        row is dropped. `template` and `too_long` have no effect on text.
+    template: see `encode_prompt`.
+    append_eos: whether EOS is appended to every response or document.
+    answer_multiple: for "sft", the response is padded with EOS to a multiple of this many tokens,
+        but not past the row. The padding is part of the response. With row_length a row holds
+        exactly one sample, as in the published SFT.
+    too_long: what to do with a sample that is longer than a row. (The length of a pair is twice
+        its prompt plus both responses.) "drop" drops it. "truncate" cuts the end of the longer
+        response, then of both; an EOS at the end is cut too. A sample is still dropped if its
+        prompt leaves no room, or if cutting makes the two responses of a pair equal.
+    bad_records: "stop" raises an error at the first bad record; "skip" counts them.
+    holdout, split: the fraction `holdout` of the records is split "heldout", the rest is "train".
+    limit: use only the first `limit` records of the source, before the split; 0 means all.
+
+    Raises ValueError or FileNotFoundError, with a message of one line, if the source gives no row,
+    or if a setting is invalid.
     """
     settings = Settings(
         kind,
@@ -131,11 +142,13 @@ def prepare(
     )
     if "://" in os.fspath(cache_dir):
         raise ValueError(
-            f"cache_dir={cache_dir} is not local, and ArrayRecord reads local files; use a local directory"
+            f"cache_dir={cache_dir} is not local, and ArrayRecord reads local files;"
+            " use a local directory"
         )
     if tokenizer.eos_id is None:
         raise ValueError(
-            "rows are padded with EOS, which this tokenizer does not have; use one with <|endoftext|>"
+            "rows are padded with EOS, which this tokenizer does not have;"
+            " use one with <|endoftext|>"
         )
     digest = hashlib.sha256(
         f"{FORMAT} {tokenizer.fingerprint} {dataclasses.asdict(settings)}".encode()
@@ -150,7 +163,8 @@ def prepare(
 
 def _write(packer: Packer, directory: epath.Path, fingerprint: str) -> None:
     """Writes the packer's rows to a temporary directory and renames it when it is complete."""
-    # A killed process leaves its directory behind; one younger than a day may be at work still.
+    # A killed process leaves its temporary directory behind. We remove those older than a day;
+    # younger ones may belong to a process that is still working.
     for left in directory.parent.glob(f"{directory.name}.*.incomplete"):
         if time.time() - left.stat().mtime > STALE_SECONDS:
             left.rmtree(missing_ok=True)
@@ -185,6 +199,6 @@ def _write(packer: Packer, directory: epath.Path, fingerprint: str) -> None:
         except OSError:
             if not directory.exists():
                 raise
-            # Another process was faster; its rows are the same.
+            # Another process was faster. Its rows are the same, so we use them.
     finally:
         temporary.rmtree(missing_ok=True)
