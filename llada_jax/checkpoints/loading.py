@@ -1,4 +1,4 @@
-"""Opening a model, whichever form its weights are kept in."""
+"""Opens a model, from a Hugging Face style folder or from one of our training checkpoints."""
 
 import json
 
@@ -14,12 +14,16 @@ from llada_jax.models.llada import LLaDA, ModelConfig
 
 
 def load(path: epath.PathLike, dtype=None, shardings=None):
-    """Opens a model: (model, params), computing in the type of its parameters.
+    """Opens a model and returns (model, params). The model computes in the type of its parameters.
 
-    `path` is a Hugging Face style folder (config.json, model.safetensors or shards with an index) or a checkpoint of
-    ours (a workdir: its newest good step; or workdir/checkpoints/<step>). `dtype` casts the parameters; None keeps
-    their type (the widest, where a file mixes them). `shardings` is a tree like params; None: the first device. Raises
-    FileNotFoundError, or one ValueError that lists every weight that is missing, surplus or of another shape.
+    path: a Hugging Face style folder (config.json and model.safetensors, or shards with an index),
+        or a checkpoint of ours: a workdir (its newest undamaged step) or
+        workdir/checkpoints/<step>.
+    dtype: casts the parameters. None keeps their type, or takes the widest type if they differ.
+    shardings: a tree of shardings like params. None puts everything on the first device.
+
+    Raises FileNotFoundError if there is no model at `path`, and one ValueError that lists every
+    weight that is missing, surplus or of the wrong shape.
     """
     path, dtype = epath.Path(path).expanduser(), floating(dtype)
     if not path.exists():
@@ -39,14 +43,18 @@ def load(path: epath.PathLike, dtype=None, shardings=None):
         params = read_folder(path, config, dtype, shardings)
     else:
         raise FileNotFoundError(
-            f"{path} has neither config.json (a Hugging Face style folder) nor checkpoints/ (a checkpoint of ours)"
+            f"{path} has neither config.json (a Hugging Face style folder)"
+            " nor checkpoints/ (a checkpoint of ours)"
         )
     dtype = jnp.result_type(*jax.tree.leaves(params))
     return LLaDA(config, dtype=dtype, param_dtype=dtype), params
 
 
 def model_folder(path: epath.PathLike) -> epath.Path:
-    """The folder with config.json and the tokenizer of a Hugging Face style folder or a checkpoint of ours."""
+    """Returns the folder that holds config.json and the tokenizer of whatever `load` opens.
+
+    Raises FileNotFoundError if `path` does not exist.
+    """
     path = epath.Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(
@@ -56,12 +64,18 @@ def model_folder(path: epath.PathLike) -> epath.Path:
 
 
 def read_config(path: epath.PathLike) -> ModelConfig:
-    """The architecture of whatever `load` opens, without reading a weight; FileNotFoundError or ValueError."""
+    """Returns the architecture of whatever `load` opens, without reading any weight.
+
+    Raises FileNotFoundError if there is no config.json, and ValueError if it is invalid.
+    """
     return _read_config(model_folder(path) / "config.json")
 
 
 def home_of(path: epath.Path) -> epath.Path | None:
-    """The folder of config and tokenizer of a checkpoint of ours, or None where path is no such checkpoint."""
+    """Returns the folder with config and tokenizer of a checkpoint of ours, or None if not one.
+
+    `path` is a workdir or workdir/checkpoints/<step>; the folder is workdir/model.
+    """
     if (path / "checkpoints").is_dir():
         return path / "model"
     absolute = path if "://" in str(path) else path.absolute()
@@ -85,11 +99,7 @@ def _read_config(file: epath.Path) -> ModelConfig:
 
 
 def open_model(path: str, dtype=None):
-    """(logits_fn, ModelConfig, Tokenizer) of a Hugging Face style folder or a checkpoint of ours (a workdir, a step).
-
-    `dtype` casts the parameters. Imports the rest of the package, which the sampler itself does without.
-    """
-
+    """Returns (logits_fn, ModelConfig, Tokenizer) of whatever `load` opens, with its `dtype`."""
     model, params = load(path, dtype)
     return (
         Partial(model.apply, {"params": params}),
@@ -99,7 +109,11 @@ def open_model(path: str, dtype=None):
 
 
 def special_ids(config, tokenizer) -> dict[str, int | None]:
-    """mask_id, pad_id, eos_id and eot_id for `sample_responses`, from the model's config and its tokenizer."""
+    """Returns mask_id, pad_id, eos_id and eot_id for `sample_responses`.
+
+    They come from the model's config and its tokenizer. The pad id is the config's pad_token_id;
+    if there is none it is EOS, and without EOS the mask.
+    """
     eos_id = tokenizer.eos_id if config.eos_token_id is None else config.eos_token_id
     pads = (config.pad_token_id, eos_id, config.mask_token_id)
     pad_id = next(i for i in pads if i is not None)
