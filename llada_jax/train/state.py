@@ -1,4 +1,4 @@
-"""TrainState and its sharded initialisation."""
+"""The training state and its sharded initialisation."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from llada_jax.parallel import mesh as mesh_lib
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a step changes and a checkpoint keeps."""
+    """What a training step changes and a checkpoint stores: step, parameters, optimiser state."""
 
     step: Int[Array, ""] | Any
     params: Any
@@ -24,9 +24,8 @@ class TrainState:
 
 
 def _create(model: LLaDA, tx: optax.GradientTransformation):
-    model = model.clone(
-        attention="xla"
-    )  # two tokens are enough to make the parameters, too few for a kernel
+    # Parameters are made with an input of two tokens, which is too short for an attention kernel.
+    model = model.clone(attention="xla")
 
     def create(key):
         params = model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
@@ -36,7 +35,7 @@ def _create(model: LLaDA, tx: optax.GradientTransformation):
 
 
 def abstract_state(model: LLaDA, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Shapes, types and shardings of the state, without an array: what restoring and compiling need."""
+    """Returns shapes, types and shardings of the state, for restoring and compiling; no arrays."""
     create, key = _create(model, tx), jax.random.key(0)
     shardings = mesh_lib.shardings(mesh, jax.eval_shape(create, key))
     return jax.tree.map(
@@ -49,7 +48,10 @@ def abstract_state(model: LLaDA, tx: optax.GradientTransformation, mesh: Mesh) -
 def init_state(
     model: LLaDA, tx: optax.GradientTransformation, mesh: Mesh, key: Key[Array, ""], params=None
 ):
-    """A new state, each parameter made where it will live; `params` (host or device arrays) replace random ones."""
+    """Makes a new state, with each parameter on the devices of its sharding.
+
+    `params` (host or device arrays) are used instead of random parameters.
+    """
     abstract = abstract_state(model, tx, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     if params is None:
