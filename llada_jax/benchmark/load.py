@@ -1,4 +1,4 @@
-"""The load benchmark: a checkpoint with LLaDA 8B's layout, made and thrown away, read by `convert.load`."""
+"""The load benchmark: makes a checkpoint in LLaDA 8B's layout, times `load`, and deletes it."""
 
 import argparse
 import json
@@ -29,11 +29,13 @@ def write_checkpoint(
 ) -> dict[str, int]:
     """Writes random bfloat16 weights in the published layout, in shards with an index.
 
-    Returns `bytes` of all tensors and of the `largest` one. What is written is no longer in the page cache.
+    Returns the size in bytes of all tensors together (`bytes`) and of the largest one (`largest`).
+    The files are dropped from the page cache, so that a load reads from the disk.
     """
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
-    # Random bits are slow to make: one block of them is laid out again and again, from another place in each tensor.
+    # Random numbers are slow to make. We repeat one block of them, from a different place in each
+    # tensor.
     noise = np.random.default_rng(0).normal(0, 0.02, 2**20 + 7).astype(ml_dtypes.bfloat16)
     shard, weight_map, sizes = {}, {}, []
 
@@ -58,7 +60,10 @@ def write_checkpoint(
 
 
 def _status(name: str) -> int:
-    """A field of /proc/self/status in bytes: VmRSS is what this process holds now, VmHWM the most it ever held."""
+    """Returns a field of /proc/self/status in bytes.
+
+    VmRSS is the memory that this process holds now, VmHWM the most that it ever held.
+    """
     for line in pathlib.Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
@@ -68,7 +73,11 @@ def _status(name: str) -> int:
 
 
 def measure(folder: str, dtype: str, fsdp: int, tensor: int) -> dict[str, float]:
-    """Loads a folder over all devices of this process: seconds, bytes of the destination, host memory beyond it."""
+    """Loads a folder over all devices of this process.
+
+    Returns `seconds`, `destination` (bytes of the loaded arrays) and `beyond` (bytes of host memory
+    at the peak, beyond those arrays and what the process held before).
+    """
     config = loading.read_config(folder)
     mesh = mesh_lib.make_mesh(-1, fsdp, tensor)
     boxed = jax.eval_shape(LLaDA(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))[
@@ -88,7 +97,11 @@ def measure(folder: str, dtype: str, fsdp: int, tensor: int) -> dict[str, float]
 
 
 def run(argv: list[str]) -> int:
-    """`python -m llada_jax.benchmark load`: prints a line and writes JSON; the load itself runs in a child process."""
+    """Runs `python -m llada_jax.benchmark load` and returns the exit status.
+
+    It prints a line and writes JSON. The load runs in a child process, so its peak memory does not
+    include the writing of the checkpoint.
+    """
     parser = argparse.ArgumentParser(prog="python -m llada_jax.benchmark load", description=__doc__)
     parser.add_argument(
         "--layers", type=int, default=4, help="of the 32 of LLaDA 8B (0.44 GB each; default: 4)"
@@ -134,8 +147,8 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
         or args.vocab % args.tensor
     ):
         raise ValueError(
-            f"--fsdp={args.fsdp} --tensor={args.tensor} do not divide --devices={args.devices}, --width={args.width} "
-            f"or --vocab={args.vocab}: change them"
+            f"--fsdp={args.fsdp} --tensor={args.tensor} do not divide --devices={args.devices},"
+            f" --width={args.width} or --vocab={args.vocab}: change them"
         )
     home = pathlib.Path(tempfile.mkdtemp(prefix="llada_load_", dir=args.folder))
     try:
@@ -148,9 +161,14 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
             *argv,
             f"--child={home / 'hf'}",
         ]
-        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={args.devices}"
+        flags = (
+            f"{os.environ.get('XLA_FLAGS', '')}"
+            f" --xla_force_host_platform_device_count={args.devices}"
+        )
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, text=True, check=False
+        )
         if done.returncode:
             print(
                 f"error: the loading process ended with {done.returncode}, see above",
@@ -177,9 +195,10 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
     if args.out:
         pathlib.Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
     print(
-        f"{result['gb']:.2f} GB of bfloat16 in {result['seconds']:.1f} s ({result['gb_per_second']:.2f} GB/s) as "
-        f"{args.dtype} on {args.devices} devices; host memory beyond the {result['destination_gb']:.2f} GB of arrays: "
-        f"{result['host_gb_beyond_destination']:.2f} GB, {result['largest_tensors_beyond_destination']:.2f} of the "
-        f"largest tensor"
+        f"{result['gb']:.2f} GB of bfloat16 in {result['seconds']:.1f} s"
+        f" ({result['gb_per_second']:.2f} GB/s) as {args.dtype} on {args.devices} devices;"
+        f" host memory beyond the {result['destination_gb']:.2f} GB of arrays: "
+        f"{result['host_gb_beyond_destination']:.2f} GB,"
+        f" {result['largest_tensors_beyond_destination']:.2f} of the largest tensor"
     )
     return 0

@@ -1,4 +1,4 @@
-"""The step benchmark: the very step that train.py runs, on the devices that are there."""
+"""The step benchmark: times the training step itself, on the devices of this machine."""
 
 import collections
 import dataclasses
@@ -27,27 +27,30 @@ from llada_jax.train.summary import describe
 
 @dataclasses.dataclass
 class Work:
-    """What one step needs, on its devices: the state is donated, the rest stays."""
+    """The arguments of one training step, on its devices. A step donates the state only."""
 
     state: TrainState
     batch: Batch
-    extra: tuple  # vrpo: the reference policy's parameters, or its terms for this batch
+    extra: tuple  # vrpo: the parameters of the reference policy, or its terms for this batch
 
 
 def prepare(config, workdir: str) -> Plan:
-    """The plan of a config, with synthetic rows where data.train is not set; ValueError or FileNotFoundError."""
+    """Returns the plan of a config, with synthetic rows if data.train is not set.
+
+    Raises ValueError or FileNotFoundError as `make_plan` does.
+    """
     plan = make_plan(config, workdir, dry_run=True)
     if plan.rows is None:
         kind, d = KIND[config.objective], config.data
         rows = SyntheticRows(kind, d.row_length, plan.model.config.vocab_size, d.batch_rows)
         plan = dataclasses.replace(plan, rows=rows)
-    if not plan.num_steps:  # what a schedule needs; a benchmark does a handful of them
+    if not plan.num_steps:  # the schedule needs a number; a benchmark runs only a few steps
         plan = dataclasses.replace(plan, num_steps=config.optimizer.warmup_steps + 1000)
     return plan
 
 
 def make_work(plan: Plan) -> Work:
-    """Parameters (random, or those of init_from), one batch, and the reference policy."""
+    """Makes the state (random, or from init_from), one batch, and the reference policy."""
     c = plan.config
     abstract = state_lib.abstract_state(plan.model, plan.tx, plan.mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract.params)
@@ -69,7 +72,7 @@ def make_work(plan: Plan) -> Work:
     if c.objective != "vrpo":
         return Work(current, batch, ())
     dtype = jnp.dtype(c.vrpo.reference_dtype or c.model.param_dtype)
-    # A copy in any case: the state is donated.
+    # The reference must be a copy, since the step donates the state.
     reference = jax.jit(
         lambda p: jax.tree.map(lambda x: jnp.array(x, dtype), p), out_shardings=shardings
     )
@@ -85,7 +88,7 @@ def make_work(plan: Plan) -> Work:
 
 
 def compile_step(plan: Plan, work: Work):
-    """(compiled step, seconds it took)."""
+    """Compiles the training step. Returns (compiled step, seconds it took)."""
     shardings = jax.tree.map(lambda x: x.sharding, work.state)
     start = time.perf_counter()
     compiled = step.jit_update(plan, shardings).lower(work.state, work.batch, *work.extra).compile()
@@ -95,7 +98,10 @@ def compile_step(plan: Plan, work: Work):
 def time_steps(
     update, work: Work, count: int, warmup: int = 2
 ) -> tuple[list[float], dict[str, float]]:
-    """Seconds of each of `count` steps after `warmup`, and the last metrics; every step waits for its own end."""
+    """Times `count` steps after `warmup` steps. Returns (seconds of each, metrics of the last).
+
+    It waits for the end of each step before the next one starts.
+    """
     seconds = []
     for _ in range(warmup + count):
         start = time.perf_counter()
@@ -106,9 +112,10 @@ def time_steps(
 
 
 def rates(plan: Plan, seconds: float) -> dict:
-    """Tokens/s, FLOP/s and their share of the peak (None where CHIPS does not know the device).
+    """Returns tokens/s, FLOP/s, and FLOP/s as a fraction of the bf16 peak of the devices.
 
-    `mfu` counts forward, backward and reference; `hfu` also what remat and chunks of draws compute again.
+    `mfu` counts the FLOPs of forward, backward and reference passes; `hfu` also counts what remat
+    and chunks of draws recompute. The fractions are None if CHIPS does not list the device.
     """
     devices = plan.mesh.devices.flat
     chip = CHIPS.get(devices[0].device_kind)
@@ -123,9 +130,11 @@ def rates(plan: Plan, seconds: float) -> dict:
 
 
 def peak_bytes(devices: list, compiled) -> tuple[int, int | None]:
-    """Peak memory of (the step, this process) on a device: what the compiler planned, what the fullest device counted.
+    """Returns the peak memory, in bytes a device, of (the step, this process).
 
-    The process's includes making parameters and reference; None where a device does not count, as a CPU.
+    The first is what the compiler planned for the step. The second is the largest peak that a
+    device counted; it includes the making of parameters and reference, and is None on devices that
+    do not count (CPU).
     """
     m = compiled.memory_analysis()
     planned = (
@@ -139,13 +148,17 @@ def peak_bytes(devices: list, compiled) -> tuple[int, int | None]:
 
 
 def top_costs(folder: str, count: int = 5) -> list[tuple[str, float]]:
-    """The kernels of a profile that take most of the devices' busy time: (name, share); [] without a device in it."""
+    """Returns (name, fraction of busy time) of the kernels of a profile that take the most time.
+
+    The result is [] if the profile has no accelerator.
+    """
     file = max(pathlib.Path(folder).rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     spent = collections.Counter()
     for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
         if plane.name.startswith("/device:"):
             lines = list(plane.lines)
-            # A TPU has one line of operations beside lines that sum them up; a GPU has a line for each stream.
+            # A TPU has a line "XLA Ops" and other lines that summarise it. A GPU has one line for
+            # each stream.
             for line in [x for x in lines if x.name == "XLA Ops"] or [
                 x for x in lines if x.name.startswith("Stream")
             ]:
@@ -156,7 +169,11 @@ def top_costs(folder: str, count: int = 5) -> list[tuple[str, float]]:
 
 
 def run(config, workdir: str, count: int, profile: str) -> dict:
-    """The step of a config: prints lines, returns what goes into the JSON."""
+    """Benchmarks the step of a config: prints a summary and returns the results for the JSON file.
+
+    count: number of timed steps.
+    profile: folder for a profile of 3 more steps; "" makes none.
+    """
     plan = prepare(config, workdir)
     hosts.say(describe(plan))
     with plan.parallel.use():
@@ -191,15 +208,18 @@ def run(config, workdir: str, count: int, profile: str) -> dict:
     }
     lines = [
         f"compile         {compile_seconds:.1f} s",
-        f"step            {median:.4g} s (median of {count}, {min(seconds):.4g} to {max(seconds):.4g})",
+        f"step            {median:.4g} s"
+        f" (median of {count}, {min(seconds):.4g} to {max(seconds):.4g})",
         f"tokens          {result['tokens_per_second']:,.0f} a second",
-        f"memory          {of_step / 2**30:.2f} GiB a device for the step, says the compiler{counted}",
+        f"memory          {of_step / 2**30:.2f} GiB a device for the step,"
+        f" says the compiler{counted}",
         f"attention       {used}: {why}",
     ]
     if result["mfu"] is None:
         rate = result["mfu_flops_per_second"]
         lines.append(
-            f"MFU             {rate:.3g} FLOP/s; the peak of {device.device_kind!r} is not in chips.py"
+            f"MFU             {rate:.3g} FLOP/s;"
+            f" the peak of {device.device_kind!r} is not in chips.py"
         )
     else:
         mfu, hfu = result["mfu"], result["hfu"]
