@@ -1,6 +1,6 @@
 """Tokenizers of the LLaDA family: SentencePiece and tokenizer.json, special ids, chat template.
 
-    python -m llada_jax.tokenizer train --input='books/*.xz' --vocab_size=4096 --out=tokenizer/
+    python -m llada_jax.tokenizer train --input='books/*.jsonl.xz' --vocab_size=4096 --out=tokenizer
 
 trains a SentencePiece model that has the special tokens. The ids of special tokens differ between
 members of the family. They are always read from files; the code holds no constant id.
@@ -259,8 +259,9 @@ def train(lines: Iterable[str], out: str | os.PathLike, vocab_size: int = 4096) 
     `lines` must not contain newlines; in text, a newline is encoded as its byte. Every digit is a
     token of its own. Text is not normalised and no space is put in front, so that
     decode(encode(text)) == text and encodings can be joined. Characters without a piece fall back
-    to bytes. The 7 special tokens and 256 bytes take the first 263 ids. Raises ValueError if
-    vocab_size does not suit the text.
+    to bytes. The 7 special tokens (with <unk>) and 256 bytes take the first 263 ids.
+
+    Raises ValueError if vocab_size does not suit the text.
     """
     model = io.BytesIO()
     try:

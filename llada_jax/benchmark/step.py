@@ -130,7 +130,7 @@ def rates(plan: Plan, seconds: float) -> dict:
 
 
 def peak_bytes(devices: list, compiled) -> tuple[int, int | None]:
-    """Returns the peak memory, in bytes a device, of (the step, this process).
+    """Returns the peak memory, in bytes per device, of (the step, this process).
 
     The first is what the compiler planned for the step. The second is the largest peak that a
     device counted; it includes the making of parameters and reference, and is None on devices that

@@ -30,7 +30,7 @@ def _rms_norm(x, scale, eps):
 
 
 class TorchLLaDA(torch.nn.Module):
-    """LLaDA (models/llada.py) in PyTorch. It copies `params` to float32, with matrices [out, in]."""
+    """LLaDA (models/llada.py) in PyTorch. Copies `params` to float32, with matrices [out, in]."""
 
     def __init__(self, config: ModelConfig, params):
         super().__init__()
@@ -93,8 +93,8 @@ class TorchLLaDA(torch.nn.Module):
 def unpack(batch: Batch, *arrays: jax.Array) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
     """Unpacks packed rows into one padded row for each response, winner before loser.
 
-    Returns (tokens, response mask and `seen` (not padding), each [b, l]; `arrays`, from [n, r, l]
-    to [n, b, l]).
+    Returns (fields, arrays). The fields `tokens`, `response` (the response mask) and `seen` (False
+    at padding) are [b, l]. The arrays are given as [n, r, l] and returned as [n, b, l].
     """
     segment_ids = np.asarray(batch.segment_ids)
     places = [

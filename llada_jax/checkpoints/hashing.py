@@ -95,7 +95,7 @@ def _hash_part(words, shape, axis: int, start):
 
 
 def _mix(x):
-    """The last step of MurmurHash3: a bijection of uint32 in which each input bit affects all."""
+    """MurmurHash3's final step: a bijection of uint32; each input bit affects all output bits."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)

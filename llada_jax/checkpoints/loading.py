@@ -72,9 +72,9 @@ def read_config(path: epath.PathLike) -> ModelConfig:
 
 
 def home_of(path: epath.Path) -> epath.Path | None:
-    """Returns the folder with config and tokenizer of a checkpoint of ours, or None if not one.
+    """Returns the folder with config and tokenizer, or None if `path` is no checkpoint of ours.
 
-    `path` is a workdir or workdir/checkpoints/<step>; the folder is workdir/model.
+    For a workdir or workdir/checkpoints/<step> the folder is workdir/model.
     """
     if (path / "checkpoints").is_dir():
         return path / "model"

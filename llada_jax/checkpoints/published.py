@@ -108,7 +108,7 @@ def published_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def param_shapes(config: ModelConfig):
-    """Returns the parameter tree as ShapeDtypeStructs. Only the shapes are meant, not the types."""
+    """Returns the parameter tree as ShapeDtypeStructs. Their types have no meaning."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     # Unbox inside eval_shape: under a mesh, unboxing applies a sharding constraint, which fails on
     # a ShapeDtypeStruct.
@@ -262,7 +262,7 @@ def _of_one(sharding, ndim: int, stacked: bool, transpose: bool):
 def _transposer(sharding, dtype):
     """Compiles transpose and cast.
 
-    This is a program of its own, since fused with `_placer` XLA's CPU backend would run the
+    This is a program of its own. If it were fused with `_placer`, XLA's CPU backend would run the
     transpose on one core.
     """
     return jax.jit(lambda piece: piece.T.astype(dtype), out_shardings=sharding)

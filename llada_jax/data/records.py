@@ -83,7 +83,7 @@ def parse(raw: object) -> dict:
 
 
 def normalise(raw: dict, kind: str) -> dict:
-    """Returns a raw record in normalised form (see `read_records`). Raises BadRecord if it cannot.
+    """Returns a raw record in normalised form (see `read_records`).
 
     prompt: the field `prompt`, `question` or `instruction` (with `input`), a string or messages;
         or the field `messages` without a last assistant turn.
@@ -94,7 +94,7 @@ def normalise(raw: dict, kind: str) -> dict:
         as HH-RLHF transcripts, and chosen and rejected must have the same prompt.
 
     The content of messages and transcript turns is stripped; strings stay as they are.
-    Raises ValueError for an unknown kind.
+    Raises BadRecord if the record has none of these forms, and ValueError for an unknown kind.
     """
     if kind not in FIELDS:
         raise ValueError(f"kind={kind!r} is unknown; use one of {', '.join(FIELDS)}")

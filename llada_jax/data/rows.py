@@ -115,8 +115,8 @@ def prepare(
     template: see `encode_prompt`.
     append_eos: whether EOS is appended to every response or document.
     answer_multiple: for "sft", the response is padded with EOS to a multiple of this many tokens,
-        but not past the row. The padding is part of the response. With row_length a row holds
-        exactly one sample, as in the published SFT.
+        but not past the row. The padding is part of the response. If it equals row_length, every
+        row holds exactly one sample, as in the published SFT.
     too_long: what to do with a sample that is longer than a row. (The length of a pair is twice
         its prompt plus both responses.) "drop" drops it. "truncate" cuts the end of the longer
         response, then of both; an EOS at the end is cut too. A sample is still dropped if its

@@ -22,7 +22,7 @@ REMASKING = ("low_confidence", "random")
 
 @dataclasses.dataclass(frozen=True)
 class _Settings:
-    """The settings of `generate`; the sampler is compiled for each of them and each shape."""
+    """The settings of `generate`. The sampler is compiled anew for other settings or shapes."""
 
     mask_id: int
     steps: int
