@@ -1,12 +1,16 @@
 #!/usr/bin/env python3
-"""Runs a command as several processes with virtual CPU devices, on this machine: a pod in small.
+r"""Runs a command as several processes on this machine, each with virtual CPU devices.
 
-    python launch/local_cluster.py --processes=2 --devices=4 -- \\
+This imitates the hosts of a pod:
+
+    python launch/local_cluster.py --processes=2 --devices=4 -- \
         python -m llada_jax.train --config=configs/vrpo_sudoku.py --workdir=runs/two_hosts
 
-Each process learns by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID who it is, and its lines are shown
-behind its number. SIGTERM and SIGINT are passed on to all. When one process ends with an error, its last lines are
-shown, the others are ended after --grace seconds, and the exit status is its own (128 + signal, if a signal ended it).
+Every process gets its place in the run from the environment variables JAX_COORDINATOR_ADDRESS,
+JAX_NUM_PROCESSES and JAX_PROCESS_ID. Its output is shown with its number in front. SIGTERM and
+SIGINT are passed on to all processes. If a process fails, its last lines are shown, the other
+processes are ended after --grace seconds, and the exit status is that of the failed process
+(128 + signal, if a signal ended it).
 """
 
 import argparse
@@ -26,7 +30,7 @@ LAST_LINES = 20
 
 
 class Process:
-    """One process of the cluster, in a group of its own, and the thread that shows its lines."""
+    """One process of the cluster, in its own process group, and a thread that shows its output."""
 
     def __init__(
         self, index: int, command: list[str], env: dict[str, str], log: pathlib.Path | None, lock
@@ -49,7 +53,7 @@ class Process:
     def _read(self):
         with self._log.open("w") if self._log else contextlib.nullcontext() as log:
             for line in self._process.stdout:
-                if "Gloo] Rank" in line:  # every connection is announced
+                if "Gloo] Rank" in line:  # Gloo announces every connection
                     continue
                 self.last.append(line)
                 if log:
@@ -63,11 +67,11 @@ class Process:
                     )
 
     def poll(self) -> int | None:
-        """The exit status, or None while it runs."""
+        """Returns the exit status, or None while the process runs."""
         return self._process.poll()
 
     def send(self, number: int):
-        """A signal to the process itself, or SIGKILL to all that it started."""
+        """Sends a signal to the process; SIGKILL goes to its whole process group."""
         with contextlib.suppress(ProcessLookupError):
             if number == signal.SIGKILL:
                 os.killpg(self._process.pid, number)
@@ -75,18 +79,22 @@ class Process:
                 os.kill(self._process.pid, number)
 
     def drain(self):
-        """Waits until the lines of an ended process are shown; not for long, since a child of it may hold the pipe."""
+        """Waits until the output of an ended process is shown.
+
+        It waits at most 2 seconds: a child of the process may keep the pipe open.
+        """
         self._reader.join(timeout=2)
 
 
 def free_port() -> int:
+    """Returns a free TCP port of this machine."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
 
 def environment(index: int, processes: int, devices: int, port: int) -> dict[str, str]:
-    """What process `index` finds in its environment."""
+    """Returns the environment variables of process `index`."""
     flags = re.sub(
         r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", "")
     )
@@ -103,7 +111,7 @@ def environment(index: int, processes: int, devices: int, port: int) -> dict[str
 def run(
     command: list[str], processes: int, devices: int, logs: pathlib.Path | None, grace: float
 ) -> int:
-    """Runs the cluster to its end; the exit status of the first process that fails, or 0."""
+    """Runs all processes to the end. Returns the exit status of the first that failed, or 0."""
     port, lock = free_port(), threading.Lock()
     if logs:
         logs.mkdir(parents=True, exist_ok=True)
@@ -122,7 +130,8 @@ def run(
             started.append(Process(i, command, environment(i, processes, devices, port), log, lock))
         while any(process.poll() is None for process in started):
             if first is None and (failed := [process for process in started if process.poll()]):
-                # A signal tells more than the complaint of another that it misses the first.
+                # If several failed, prefer one that a signal ended (status below 0). The others may
+                # only report that it is gone.
                 first, since = min(failed, key=lambda process: process.poll()), time.monotonic()
             if first is not None and time.monotonic() - since > grace:
                 break
@@ -148,6 +157,7 @@ def run(
 
 
 def main() -> int:
+    """Runs the command line and returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs a training command on a TPU VM, of one host or a pod, and sees it through preemptions.
+# Runs a training command on a TPU VM (one host or a pod) and continues it after preemptions.
 set -euo pipefail
 
 usage() {
@@ -60,7 +60,7 @@ run() {
 tpu() { # VERB [ARGUMENT ...]
   run gcloud compute tpus tpu-vm "$1" "$name" ${where[@]+"${where[@]}"} "${@:2}"
 }
-state() { # READY, CREATING, PREEMPTED, ...; nothing where there is no such TPU
+state() { # prints READY, CREATING, PREEMPTED, ...; prints nothing if there is no such TPU
   ((print)) || tpu describe --format='value(state)' 2>/dev/null || true
 }
 pause() { # SECONDS LINE
@@ -75,14 +75,17 @@ install() {
       ~/.local/bin/uv pip install --quiet --python .venv -e '.[tpu,gcs]'"
 }
 
-# On a worker the run holds run.lock as long as it lives: nothing is started or installed beside it (status 9).
+# On each worker the run holds run.lock while it lives. If the lock is taken (status 9), we install
+# and start nothing, and only follow the log.
 idle='! test -e llada_jax/run.lock || flock -n -E 9 llada_jax/run.lock true'
 train="rm -f status; .venv/bin/python -m llada_jax.train$(printf ' %q' "$@") >> train.log 2>&1; echo \$? > status"
 start="cd llada_jax && (setsid nohup flock -n -o run.lock bash -c $(printf %q "$train") > /dev/null 2>&1 < /dev/null &)"
 # shellcheck disable=SC2016 # expanded on the worker
 follow='cd llada_jax && sleep 5 && (flock run.lock true & tail -n 40 -F --pid=$! train.log); exit $(cat status)'
 
-made='' # whether there was such a TPU: then a failure to create or start one is want of capacity, and is tried again
+# Not empty once the TPU has existed. From then on, a failure to create or start it means a lack of
+# capacity, so we try again.
+made=''
 while true; do
   now=$(state)
   made+=$now
@@ -124,7 +127,8 @@ while true; do
     exit 0
   fi
   now=$(state)
-  # 143: it saved and stopped on SIGTERM, as before maintenance; 255: ssh lost the connection, the run goes on.
+  # Status 143: the run saved and stopped on SIGTERM, as before maintenance.
+  # Status 255: ssh lost the connection, but the run goes on.
   if [[ $now == READY && $status != 143 && $status != 255 ]]; then
     echo "error: it ended with status $status; the log of a run is on every worker, llada_jax/train.log" >&2
     exit "$status"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs a training command on a GKE cluster by XPK (https://github.com/AI-Hypercomputer/xpk).
+# Runs a training command on a GKE cluster with XPK (https://github.com/AI-Hypercomputer/xpk).
 set -euo pipefail
 
 usage() {
@@ -57,11 +57,12 @@ else
   source=(--base-docker-image=python:3.12 --script-dir="$root")
   train="pip install --quiet -e '.[tpu,gcs]' && $train"
 fi
-# Saved and stopped is status 143, one of those that XPK restarts at.
+# A run that saved and stopped on SIGTERM ends with status 143. XPK restarts at this status.
 run xpk workload create --cluster="$cluster" --workload="$workload" --tpu-type="$type" --num-slices="$slices" \
   --max-restarts="$restarts" --termination-grace-period-seconds=120 "${source[@]}" ${where[@]+"${where[@]}"} \
   --command="$train"
-# The first host of each slice. Neither pods that are still to be made nor those already ended satisfy `kubectl wait`.
+# Selects the first host of each slice. `kubectl wait` does not work here: pods that do not exist
+# yet and pods that have already ended never satisfy it.
 pods="jobset.sigs.k8s.io/jobset-name=$workload,batch.kubernetes.io/job-completion-index=0"
 phases() { run kubectl get pods -l "$pods" -o 'jsonpath={.items[*].status.phase}'; }
 if ((print)); then phases && echo '# again until none is Pending'; fi

@@ -1,9 +1,9 @@
 """Tokenizers of the LLaDA family: SentencePiece and tokenizer.json, special ids, chat template.
 
-    python -m llada_jax.tokenizer train --input='books/*.jsonl.xz' --vocab_size=4096 --out=tokenizer/
+    python -m llada_jax.tokenizer train --input='books/*.jsonl.xz' --vocab_size=4096 --out=tokenizer
 
-trains a SentencePiece model that holds the special tokens. Ids differ between members of the family, so they are read
-from the files; no id is a constant here.
+trains a SentencePiece model that has the special tokens. The ids of special tokens differ between
+members of the family. They are always read from files; the code holds no constant id.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from typing import ClassVar
 
 import sentencepiece
 import tokenizers
@@ -26,16 +27,18 @@ BOS, EOS, MASK = "<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>"
 START_HEADER, END_HEADER, EOT = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
 FILES = ("tokenizer.json", "tokenizer.model")  # in order of preference within a directory
 
-_SPECIAL = re.compile(
-    r"<\|.+\|>"
-)  # what must never come out of ordinary text, whatever the file calls its type
+# Tokens that ordinary text must never encode to, whatever type the tokenizer's file gives them.
+_SPECIAL = re.compile(r"<\|.+\|>")
 
 
 class Tokenizer:
-    """Text to ids and back, with the ids of the special tokens (None where the tokenizer has none).
+    """Encodes text to ids and decodes ids to text.
 
-    `vocab_size` is one more than the largest id that can occur. `fingerprint` is a hash of the vocabulary and of the
-    special ids: equal fingerprints encode alike.
+    bos_id, eos_id, mask_id, start_header_id, end_header_id, eot_id: the ids of the special tokens;
+        None for those that the tokenizer does not have.
+    vocab_size: the largest id that can occur, plus one.
+    fingerprint: a hash of the vocabulary and the special ids. Tokenizers with equal fingerprints
+        encode alike.
     """
 
     def __init__(
@@ -58,14 +61,15 @@ class Tokenizer:
         self._roles: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ordinary text: nothing is added, and text that looks like a special token does not become one.
+        """Returns the ids of ordinary text, without bos or EOS.
 
-        It lets other threads run meanwhile.
+        Text that looks like a special token is encoded as ordinary characters. Other Python threads
+        can run during the call.
         """
         return self._backend.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids; special tokens, and ids that the tokenizer does not know, are skipped."""
+        """Returns the text of the ids. Special tokens and unknown ids are skipped."""
         specials = set(self._specials.values())
         ids = [int(i) for i in ids]
         return self._backend.decode(
@@ -73,7 +77,11 @@ class Tokenizer:
         )
 
     def chat_prompt(self, messages: Sequence[dict]) -> list[int]:
-        """Ids of a conversation that waits for the assistant: LLaDA's chat template (messages: role, content)."""
+        """Returns the ids of a conversation by LLaDA's chat template, up to the assistant's answer.
+
+        `messages` are dicts with role and content. Raises ValueError if the tokenizer lacks one of
+        the template's special tokens.
+        """
         missing = [
             name for name in (BOS, START_HEADER, END_HEADER, EOT) if self._specials[name] is None
         ]
@@ -97,7 +105,10 @@ class Tokenizer:
         return self._roles[role]
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Writes the tokenizer's files; a mask id read from config.json needs that file beside them again."""
+        """Writes the tokenizer's files to a directory.
+
+        config.json is not among them. If the mask id was read from it, `load` needs it there too.
+        """
         directory = epath.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in self._files.items():
@@ -105,10 +116,14 @@ class Tokenizer:
 
 
 def load(path: str | os.PathLike) -> Tokenizer:
-    """Opens tokenizer.json or tokenizer.model (a SentencePiece model), or the directory that holds one.
+    """Opens tokenizer.json or tokenizer.model (a SentencePiece model), or a directory with one.
 
-    Special ids are found by LLaDA's names, else by tokenizer_config.json (or SentencePiece's own bos and eos); the mask
-    id also by `mask_token_id` of a config.json beside it. FileNotFoundError and ValueError name the path.
+    Special tokens are looked up by LLaDA's names, then by the names in tokenizer_config.json, then
+    by SentencePiece's own bos and eos. If the mask token has none of these, its id is
+    `mask_token_id` of a config.json in the same directory.
+
+    Raises FileNotFoundError if there is no such file, and ValueError if it cannot be read or if
+    config.json has another mask id. The message names the path.
     """
     path = epath.Path(path)
     if path.is_dir():
@@ -131,7 +146,7 @@ def load(path: str | os.PathLike) -> Tokenizer:
     try:
         named = _named_specials(json.loads(files.get(beside.name, b"{}")))
         backend = (_HuggingFace if is_json else _SentencePiece)(content)
-    except Exception as e:  # the parsers raise whatever they like
+    except Exception as e:  # the parsers raise errors of any type
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise ValueError(
             f"tokenizer {path} cannot be read ({reason}); it must be one of {' or '.join(FILES)}"
@@ -147,14 +162,15 @@ def load(path: str | os.PathLike) -> Tokenizer:
     mask = json.loads(config.read_text()).get("mask_token_id") if config.exists() else None
     if mask is not None and specials[MASK] not in (None, mask):
         raise ValueError(
-            f"{config} says mask_token_id={mask}, but {MASK} is {specials[MASK]} in {path}; make the two agree"
+            f"{config} says mask_token_id={mask}, but {MASK} is {specials[MASK]} in {path};"
+            " make the two agree"
         )
     specials[MASK] = mask if specials[MASK] is None else specials[MASK]
     return Tokenizer(backend, files, specials)
 
 
 def _named_specials(config: dict) -> dict[str, str]:
-    """Our name of a special token -> the name that tokenizer_config.json gives it."""
+    """Returns {LLaDA's name of a special token: the name that tokenizer_config.json gives it}."""
     found = {}
     for name, key in ((BOS, "bos_token"), (EOS, "eos_token"), (MASK, "mask_token")):
         token = config.get(key)
@@ -166,7 +182,7 @@ def _named_specials(config: dict) -> dict[str, str]:
 
 class _SentencePiece:
     def __init__(self, content: bytes):
-        # Control pieces never match text, user-defined ones always do: special tokens have to be the former.
+        # Make special tokens control pieces, which never match text. User-defined pieces always do.
         model = sentencepiece_model_pb2.ModelProto.FromString(content)
         if not model.pieces:
             raise ValueError("it holds no pieces")
@@ -192,7 +208,7 @@ class _SentencePiece:
 
 
 class _HuggingFace:
-    defaults: dict[str, int] = {}
+    defaults: ClassVar[dict[str, int]] = {}
 
     def __init__(self, content: bytes):
         model = json.loads(content)
@@ -201,7 +217,7 @@ class _HuggingFace:
                 _SPECIAL.fullmatch(token["content"])
             )
         self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(model))
-        self._tokenizer.encode_special_tokens = True  # i.e. as ordinary text
+        self._tokenizer.encode_special_tokens = True  # encode their names as ordinary text
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.max_id = max(self._tokenizer.get_vocab(with_added_tokens=True).values())
@@ -217,32 +233,35 @@ class _HuggingFace:
 
 
 def _texts(source: str, field: str, limit: int) -> Iterator[str]:
-    """Lines of text files, and of the field `field` of .jsonl files, as SentencePiece wants them: without newlines."""
+    """Yields the lines of text files, or of the field `field` of .jsonl files, without newlines."""
     count = 0
     for path in expand(source.removeprefix("jsonl:")):
         is_jsonl = ".jsonl" in path.name
-        for number, line in read_lines(path):
+        for number, raw in read_lines(path):
             if limit and count >= limit:
                 return
             count += 1
             if is_jsonl:
                 try:
-                    line = json.loads(line)[field]
+                    text = json.loads(raw)[field]
                 except (ValueError, KeyError, TypeError) as e:
                     raise ValueError(
                         f"{path}:{number} is no JSON object with a field {field!r}; see --field"
                     ) from e
             else:
-                line = line.decode("utf-8", errors="replace")
-            yield from line.splitlines()
+                text = raw.decode("utf-8", errors="replace")
+            yield from text.splitlines()
 
 
 def train(lines: Iterable[str], out: str | os.PathLike, vocab_size: int = 4096) -> Tokenizer:
-    """Trains a SentencePiece BPE with byte fallback and LLaDA's special tokens; writes `out`/tokenizer.model.
+    """Trains a SentencePiece BPE model with LLaDA's special tokens; writes `out`/tokenizer.model.
 
-    Lines hold no newline (a newline becomes its byte token). Digits are single tokens, nothing is normalised and no
-    space is put in front, so that decode(encode(text)) == text and encodings may be joined. Line breaks and all
-    bytes take 263 ids before the first learnt piece.
+    `lines` must not contain newlines; in text, a newline is encoded as its byte. Every digit is a
+    token of its own. Text is not normalised and no space is put in front, so that
+    decode(encode(text)) == text and encodings can be joined. Characters without a piece fall back
+    to bytes. The 7 special tokens (with <unk>) and 256 bytes take the first 263 ids.
+
+    Raises ValueError if vocab_size does not suit the text.
     """
     model = io.BytesIO()
     try:
@@ -264,7 +283,8 @@ def train(lines: Iterable[str], out: str | os.PathLike, vocab_size: int = 4096) 
             minloglevel=1,
         )
     except RuntimeError as e:
-        reason = re.sub(r"^.*\] ", "", str(e).splitlines()[0])  # it begins with a place in C++
+        # The message begins with a place in SentencePiece's C++ code.
+        reason = re.sub(r"^.*\] ", "", str(e).splitlines()[0])
         raise ValueError(f"vocab_size={vocab_size} cannot be trained on this text: {reason}") from e
     directory = epath.Path(out)
     directory.mkdir(parents=True, exist_ok=True)

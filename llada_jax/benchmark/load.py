@@ -1,4 +1,4 @@
-"""The load benchmark: a checkpoint with LLaDA 8B's layout, made and thrown away, read by `convert.load`."""
+"""The load benchmark: makes a checkpoint in LLaDA 8B's layout, times `load`, and deletes it."""
 
 import argparse
 import json
@@ -30,11 +30,13 @@ def write_checkpoint(
 ) -> dict[str, int]:
     """Writes random bfloat16 weights in the published layout, in shards with an index.
 
-    Returns `bytes` of all tensors and of the `largest` one. What is written is no longer in the page cache.
+    Returns the size in bytes of all tensors together (`bytes`) and of the largest one (`largest`).
+    The files are dropped from the page cache, so that a load reads from the disk.
     """
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
-    # Random bits are slow to make: one block of them is laid out again and again, from another place in each tensor.
+    # Random numbers are slow to make. We repeat one block of them, from a different place in each
+    # tensor.
     noise = np.random.default_rng(0).normal(0, 0.02, 2**20 + 7).astype(ml_dtypes.bfloat16)
     shard, weight_map, sizes = {}, {}, []
 
@@ -59,7 +61,10 @@ def write_checkpoint(
 
 
 def _status(name: str) -> int:
-    """A field of /proc/self/status in bytes: VmRSS is what this process holds now, VmHWM the most it ever held."""
+    """Returns a field of /proc/self/status in bytes.
+
+    VmRSS is the memory that this process holds now, VmHWM the most that it ever held.
+    """
     for line in pathlib.Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
@@ -69,7 +74,11 @@ def _status(name: str) -> int:
 
 
 def measure(folder: str, dtype: str, fsdp: int, tensor: int) -> dict[str, float]:
-    """Loads a folder over all devices of this process: seconds, bytes of the destination, host memory beyond it."""
+    """Loads a folder over all devices of this process.
+
+    Returns `seconds`, `destination` (bytes of the loaded arrays) and `beyond` (bytes of host memory
+    at the peak, beyond those arrays and what the process held before).
+    """
     config = loading.read_config(folder)
     mesh = mesh_lib.make_mesh(-1, fsdp, tensor)
     boxed = boxed_shapes(config)
@@ -168,9 +177,10 @@ def run(args: argparse.Namespace) -> dict:
         "largest_tensors_beyond_destination": found["beyond"] / written["largest"],
     }
     print(
-        f"{result['gb']:.2f} GB of bfloat16 in {result['seconds']:.1f} s ({result['gb_per_second']:.2f} GB/s) as "
-        f"{args.dtype} on {args.devices} devices; host memory beyond the {result['destination_gb']:.2f} GB of arrays: "
-        f"{result['host_gb_beyond_destination']:.2f} GB, {result['largest_tensors_beyond_destination']:.2f} of the "
-        f"largest tensor"
+        f"{result['gb']:.2f} GB of bfloat16 in {result['seconds']:.1f} s"
+        f" ({result['gb_per_second']:.2f} GB/s) as {args.dtype} on {args.devices} devices;"
+        f" host memory beyond the {result['destination_gb']:.2f} GB of arrays: "
+        f"{result['host_gb_beyond_destination']:.2f} GB,"
+        f" {result['largest_tensors_beyond_destination']:.2f} of the largest tensor"
     )
     return result

@@ -1,4 +1,4 @@
-"""The step benchmark: the very step that train.py runs, on the devices that are there."""
+"""The step benchmark: times the training step itself, on the devices of this machine."""
 
 import collections
 import dataclasses
@@ -26,7 +26,7 @@ from llada_jax.train.summary import describe
 
 @dataclasses.dataclass
 class Work:
-    """What one step needs, on its devices: the state is donated, the rest stays."""
+    """The arguments of one training step, on its devices. A step donates the state only."""
 
     state: TrainState
     batch: Batch  # with the reference policy's terms, if the config wants them cached
@@ -71,7 +71,7 @@ def make_work(plan: Experiment) -> Work:
 
 
 def compile_step(plan: Plan, work: Work):
-    """(compiled step, seconds it took)."""
+    """Compiles the training step. Returns (compiled step, seconds it took)."""
     shardings = jax.tree.map(lambda x: x.sharding, work.state)
     start = time.perf_counter()
     compiled = jit_update(plan, shardings).lower(work.state, work.batch, work.frozen).compile()
@@ -81,7 +81,10 @@ def compile_step(plan: Plan, work: Work):
 def time_steps(
     update, work: Work, count: int, warmup: int = 2
 ) -> tuple[list[float], dict[str, float]]:
-    """Seconds of each of `count` steps after `warmup`, and the last metrics; every step waits for its own end."""
+    """Times `count` steps after `warmup` steps. Returns (seconds of each, metrics of the last).
+
+    It waits for the end of each step before the next one starts.
+    """
     seconds = []
     for _ in range(warmup + count):
         start = time.perf_counter()
@@ -94,7 +97,8 @@ def time_steps(
 def rates(plan: Experiment, seconds: float) -> dict:
     """Tokens/s, FLOP/s and their share of the peak (None where CHIPS does not know the device).
 
-    `mfu` counts forward, backward and reference; `hfu` also what remat and chunks of draws compute again.
+    `mfu` counts the FLOPs of forward, backward and reference passes; `hfu` also counts what remat
+    and chunks of draws recompute. The fractions are None if CHIPS does not list the device.
     """
     devices = plan.mesh.devices.flat
     chip = CHIPS.get(devices[0].device_kind)
@@ -109,9 +113,11 @@ def rates(plan: Experiment, seconds: float) -> dict:
 
 
 def peak_bytes(devices: list, compiled) -> tuple[int, int | None]:
-    """Peak memory of (the step, this process) on a device: what the compiler planned, what the fullest device counted.
+    """Returns the peak memory, in bytes per device, of (the step, this process).
 
-    The process's includes making parameters and reference; None where a device does not count, as a CPU.
+    The first is what the compiler planned for the step. The second is the largest peak that a
+    device counted; it includes the making of parameters and reference, and is None on devices that
+    do not count (CPU).
     """
     m = compiled.memory_analysis()
     planned = (
@@ -125,13 +131,17 @@ def peak_bytes(devices: list, compiled) -> tuple[int, int | None]:
 
 
 def top_costs(folder: str, count: int = 5) -> list[tuple[str, float]]:
-    """The kernels of a profile that take most of the devices' busy time: (name, share); [] without a device in it."""
+    """Returns (name, fraction of busy time) of the kernels of a profile that take the most time.
+
+    The result is [] if the profile has no accelerator.
+    """
     file = max(pathlib.Path(folder).rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     spent = collections.Counter()
     for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
         if plane.name.startswith("/device:"):
             lines = list(plane.lines)
-            # A TPU has one line of operations beside lines that sum them up; a GPU has a line for each stream.
+            # A TPU has a line "XLA Ops" and other lines that summarise it. A GPU has one line for
+            # each stream.
             for line in [x for x in lines if x.name == "XLA Ops"] or [
                 x for x in lines if x.name.startswith("Stream")
             ]:
@@ -142,7 +152,11 @@ def top_costs(folder: str, count: int = 5) -> list[tuple[str, float]]:
 
 
 def run(config, workdir: str, count: int, profile: str) -> dict:
-    """The step of a config: prints lines, returns what goes into the JSON."""
+    """Benchmarks the step of a config: prints a summary and returns the results for the JSON file.
+
+    count: number of timed steps.
+    profile: folder for a profile of 3 more steps; "" makes none.
+    """
     plan = prepare(config, workdir)
     hosts.say(describe(plan))
     with plan.parallel.use():
@@ -177,15 +191,18 @@ def run(config, workdir: str, count: int, profile: str) -> dict:
     }
     lines = [
         f"compile         {compile_seconds:.1f} s",
-        f"step            {median:.4g} s (median of {count}, {min(seconds):.4g} to {max(seconds):.4g})",
+        f"step            {median:.4g} s"
+        f" (median of {count}, {min(seconds):.4g} to {max(seconds):.4g})",
         f"tokens          {result['tokens_per_second']:,.0f} a second",
-        f"memory          {of_step / 2**30:.2f} GiB a device for the step, says the compiler{counted}",
+        f"memory          {of_step / 2**30:.2f} GiB a device for the step,"
+        f" says the compiler{counted}",
         f"attention       {used}: {why}",
     ]
     if result["mfu"] is None:
         rate = result["mfu_flops_per_second"]
         lines.append(
-            f"MFU             {rate:.3g} FLOP/s; the peak of {device.device_kind!r} is not in chips.py"
+            f"MFU             {rate:.3g} FLOP/s;"
+            f" the peak of {device.device_kind!r} is not in chips.py"
         )
     else:
         mfu, hfu = result["mfu"], result["hfu"]

@@ -1,7 +1,9 @@
-"""A plain PyTorch loop of the same VRPO step, on CPU: the same weights, pairs and AdamW, to be timed beside ours.
+"""The PyTorch benchmark: a plain PyTorch loop of the same VRPO step, timed beside ours on a CPU.
 
-Plain: every response is a row of its own, padded to the longest, as PyTorch trainers lay pairs out; all n draws go
-through the model at once; PyTorch's own scaled_dot_product_attention, cross_entropy and fused AdamW; eager execution.
+Both use the same weights, pairs and AdamW. The PyTorch loop is plain: each response is a row of its
+own, padded to the longest, as is usual in PyTorch trainers. All n draws go through the model at
+once. It runs eagerly, with PyTorch's own scaled_dot_product_attention, cross_entropy and fused
+AdamW.
 """
 
 import statistics
@@ -28,7 +30,7 @@ def _rms_norm(x, scale, eps):
 
 
 class TorchLLaDA(torch.nn.Module):
-    """The model of model.py with its parameters, matrices [out, in], float32."""
+    """LLaDA (models/llada.py) in PyTorch. Copies `params` to float32, with matrices [out, in]."""
 
     def __init__(self, config: ModelConfig, params):
         super().__init__()
@@ -54,7 +56,10 @@ class TorchLLaDA(torch.nn.Module):
         )
 
     def forward(self, tokens, mask):
-        """Logits [b, l, v] of tokens [b, l]; `mask` [b, 1, 1, l] says which keys are seen, None: all."""
+        """Returns logits [b, l, v] of tokens [b, l].
+
+        `mask` [b, 1, 1, l] is True at keys that are attended to; None attends to all.
+        """
         c = self.config
         b, length = tokens.shape
         half = c.head_size // 2
@@ -86,7 +91,11 @@ class TorchLLaDA(torch.nn.Module):
 
 
 def unpack(batch: Batch, *arrays: jax.Array) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-    """Packed rows as one padded row a response, winner before loser; `arrays` [n, r, l] likewise, as [n, b, l]."""
+    """Unpacks packed rows into one padded row for each response, winner before loser.
+
+    Returns (fields, arrays). The fields `tokens`, `response` (the response mask) and `seen` (False
+    at padding) are [b, l]. The arrays are given as [n, r, l] and returned as [n, b, l].
+    """
     segment_ids = np.asarray(batch.segment_ids)
     places = [
         np.nonzero(row == segment)[0] + i * row.size
@@ -107,7 +116,10 @@ def unpack(batch: Batch, *arrays: jax.Array) -> tuple[dict[str, torch.Tensor], l
 
 
 def draw(response: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """n draws for responses [b, l]: masked [n, b, l] and weights [n, b, l] (equation 15: L / l for l masked tokens)."""
+    """Makes n draws for responses [b, l]. Returns masked [n, b, l] and weights [n, b, l].
+
+    The weights are those of equation 15: L / l if l of the L response tokens are masked.
+    """
     lengths = response.sum(-1)
     counts = (torch.rand(n, len(lengths)) * lengths).floor().long() + 1
     scores = torch.rand(n, *response.shape).masked_fill(~response, 2.0)
@@ -116,7 +128,7 @@ def draw(response: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def preference_loss(model, reference, rows, masked, weights, settings: Preference) -> torch.Tensor:
-    """The loss of a batch: equations 6 and 8 with the noise shared, and the SFT term."""
+    """Returns the loss of a batch: equations 6 and 8 with shared noise, plus the SFT term."""
     n, b, length = masked.shape
     tokens = rows["tokens"].expand(n, b, length).reshape(-1, length)
     inputs = tokens.masked_fill(masked.reshape(-1, length), model.config.mask_token_id)
@@ -140,7 +152,7 @@ def preference_loss(model, reference, rows, masked, weights, settings: Preferenc
 
 
 class TorchStep:
-    """The loop's body with its state."""
+    """The body of the PyTorch loop: models, optimiser and settings."""
 
     def __init__(self, o: Optimizer, params, reference, settings: Preference):
         self.model, self.reference = (
@@ -160,7 +172,7 @@ class TorchStep:
         self.clip_norm = o.clip_norm
 
     def __call__(self, rows):
-        """One update with new noise."""
+        """Does one update with new noise and returns the loss."""
         noise = draw(rows["response"], self.settings.scheme.n)
         loss = preference_loss(self.model, self.reference, rows, *noise, self.settings)
         self.optimizer.zero_grad()
@@ -172,10 +184,11 @@ class TorchStep:
 
 
 def check_same(plan, work: Work, torch_step: TorchStep, update) -> dict[str, float]:
-    """Loss and norm of the gradient of both programs at the masks that `update`, our compiled step, draws.
+    """Compares loss and gradient norm of both programs on the same masks; returns all four numbers.
 
-    Against a reference that is not the policy: while it is, the score is 0 whatever the noise. ValueError where they
-    differ by more than 1e-4 (the loss) and 1e-3 (the norm) of ours.
+    The masks are those that `update`, our compiled step, draws. The reference differs from the
+    policy here, since otherwise every score would be 0 for any noise. Raises ValueError if the
+    relative difference exceeds 1e-4 (loss) or 1e-3 (gradient norm).
     """
     reference = jax.tree.map(lambda x: 1.05 * x, work.frozen)
     _, metrics = update(
@@ -231,7 +244,12 @@ def check_supported(plan: Experiment):
 
 
 def run(config, workdir: str, count: int) -> dict:
-    """Times our step and PyTorch's in turns, on one CPU device: prints lines, returns what goes into the JSON."""
+    """Times our step and PyTorch's in turns, on one CPU device.
+
+    `count` is the number of timed turns. It prints a summary and returns the results for the JSON
+    file. Raises ValueError if the config or the devices do not allow the comparison, or if the two
+    programs do not agree.
+    """
     device = jax.devices()[0]
     if device.platform != "cpu" or jax.device_count() > 1:
         found = f"{jax.device_count()} x {device.device_kind}"
@@ -273,11 +291,13 @@ def run(config, workdir: str, count: int) -> dict:
     for name, seconds in (("ours", ours), ("PyTorch", theirs)):
         spread = f"{min(seconds):.4g} to {max(seconds):.4g}"
         print(
-            f"{name:<15} {statistics.median(seconds):.4g} s a step (median of {count}, in turns; {spread})"
+            f"{name:<15} {statistics.median(seconds):.4g} s a step"
+            f" (median of {count}, in turns; {spread})"
         )
     norms = f"{same['grad_norm_jax']:.6f} and {same['grad_norm_torch']:.6f}"
     print(
-        f"same masks      loss {same['loss_jax']:.6f} and {same['loss_torch']:.6f}, norm of the gradient {norms}"
+        f"same masks      loss {same['loss_jax']:.6f} and {same['loss_torch']:.6f},"
+        f" norm of the gradient {norms}"
     )
     print(
         f"ratio           {result['ratio']:.2f} times PyTorch's speed ({result['threads']} threads)"

@@ -1,1 +1,1 @@
-"""Where weights are kept: Orbax checkpoints, the published layout."""
+"""Checkpoints: training checkpoints by Orbax, and the published Hugging Face layout."""

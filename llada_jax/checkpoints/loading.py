@@ -1,4 +1,4 @@
-"""Opening a model, whichever form its weights are kept in."""
+"""Opens a model, from a Hugging Face style folder or from one of our training checkpoints."""
 
 import json
 from typing import Any
@@ -16,7 +16,7 @@ from llada_jax.files import is_remote
 
 
 def load(path: epath.PathLike, dtype=None, shardings=None):
-    """Opens a model: (model, params), computing in the type of its parameters.
+    """Opens a model and returns (model, params). The model computes in the type of its parameters.
 
     `path` is a Hugging Face style folder (config.json, model.safetensors or shards with an index) or
     a checkpoint of ours: a workdir (its newest good step) or workdir/checkpoints/<step>. `dtype` casts

@@ -1,7 +1,8 @@
-"""Training checkpoints by Orbax, with what Orbax leaves open: verified contents, fallback, readable mismatches.
+"""Training checkpoints by Orbax, with verified contents, fallback and readable error messages.
 
-A flipped bit in a shard loads silently in Orbax, so a save records a content fingerprint of every leaf and a restore
-compares them. A step that is damaged gives way to the one before it; a step that belongs to another model does not.
+Orbax loads a shard with a flipped bit without an error. We therefore save a hash of every leaf and
+compare it after loading. If a step is damaged, we restore the step before it. If a step belongs to
+another model, we raise an error instead.
 """
 
 from collections.abc import Mapping
@@ -18,7 +19,8 @@ from orbax.checkpoint import v1 as ocp
 from llada_jax.checkpoints.hashing import describe, digest, leaf_name
 
 _ITEM = "state"
-# What is wrong with the machine, the rights or the network says nothing about the checkpoint.
+# Errors of the machine, of permissions or of the network. They do not mean that the checkpoint is
+# damaged.
 _NOT_DAMAGE = (
     MemoryError,
     PermissionError,
@@ -29,10 +31,11 @@ _NOT_DAMAGE = (
 
 
 class Checkpoints:
-    """The steps kept in `directory`: asynchronous saves, verified restores, the newest `keep` steps kept.
+    """The checkpoints of a run in `directory`: saves asynchronously and verifies what it restores.
 
-    Opening it removes what an interrupted save left behind, so only the run that owns the directory may. A context
-    manager; `close` waits for the last save.
+    The newest `keep` steps are kept. Opening the directory removes what an interrupted save left
+    there, so only the run that owns it may open it. This is a context manager; `close` waits for
+    the last save. Raises ValueError if keep is less than 1.
     """
 
     def __init__(self, directory: epath.PathLike, keep: int = 3):
@@ -46,28 +49,30 @@ class Checkpoints:
             self._directory, preservation_policy=policy, cleanup_tmp_directories=True
         )
         self._saving = None
-        self._current = None  # the step last saved or restored here
+        self._current = None  # the step that was saved or restored last
         self._damaged: list[int] = []
 
     def save(self, step: int, state, extra: Mapping[str, Any]):
-        """Starts to save `state` (any pytree of arrays) and `extra` (JSON: what else a resume needs) as `step`.
+        """Starts to save `state` (any pytree of arrays) and `extra` (JSON data) as `step`.
 
-        Returns when the state is copied to the host, so that the next step may donate it; what goes wrong in the
-        background is raised by the next `save`, `wait` or `close`. Saving the current step again does nothing.
+        `extra` is whatever else a resumed run needs. The call returns when the state is copied to
+        the host, so the next step may donate it. An error in the background is raised by the next
+        `save`, `wait` or `close`. To save the current step again does nothing. Raises ValueError
+        if another save of this step exists.
         """
         self.wait()
         if step == self._current:
             return
-        for damaged in (
-            self._damaged
-        ):  # the run now passes them again; kept, they would count among the newest
+        # Damaged steps would count among the newest `keep`; the run now reaches them again.
+        for damaged in self._damaged:
             self._steps.delete(damaged)
         self._damaged = []
         if any(saved.step == step for saved in self._steps.checkpoints):
             raise ValueError(
-                f"{self._directory}/{step} exists already; restore it first, or give another --workdir"
+                f"{self._directory}/{step} exists already; restore it first,"
+                " or give another --workdir"
             )
-        state = jax.tree.map(jnp.asarray, state)  # Orbax takes no NumPy scalars
+        state = jax.tree.map(jnp.asarray, state)  # Orbax does not accept NumPy scalars
         record = {"extra": dict(extra), "leaves": describe(state)}
         record = {**record, "digest": digest(record)}
         self._saving = self._steps.save_checkpointables_async(
@@ -76,11 +81,12 @@ class Checkpoints:
         self._current = step
 
     def restore(self, abstract_state) -> tuple[Any, dict] | None:
-        """The newest undamaged step as (state, extra), or None where nothing was saved yet.
+        """Restores the newest undamaged step: (state, extra), or None if nothing was saved yet.
 
-        `abstract_state` is a pytree of ShapeDtypeStruct with shardings, of any mesh (without a sharding: the first
-        device). Raises one ValueError if the checkpoint is of another shape (another model or optimiser: never a reason
-        to fall back), or if every step is damaged.
+        `abstract_state` is a pytree of ShapeDtypeStruct with shardings, which may be of another
+        mesh than the saved one; a leaf without a sharding goes to the first device. Raises one
+        ValueError if names, shapes or types differ from the checkpoint (another model or optimiser
+        is never a reason to fall back), or if every step is damaged.
         """
         self.wait()
         found = _newest_good(_paths(self._steps), abstract_state, ())
@@ -91,12 +97,12 @@ class Checkpoints:
         return state, extra
 
     def latest_step(self) -> int | None:
-        """The newest step saved, leaving out those that `restore` found damaged; None where there is none."""
+        """Returns the newest saved step that `restore` did not find damaged, or None."""
         steps = [saved.step for saved in self._steps.checkpoints if saved.step not in self._damaged]
         return max(steps, default=None)
 
     def wait(self):
-        """Waits until the last save is on disk, and raises what went wrong with it."""
+        """Waits until the last save is on disk; raises the error if it failed."""
         saving, self._saving = self._saving, None
         if saving is not None:
             step, self._current = self._current, None
@@ -104,6 +110,7 @@ class Checkpoints:
             self._current = step
 
     def close(self):
+        """Waits for the last save and closes the directory."""
         try:
             self.wait()
         finally:
@@ -117,11 +124,15 @@ class Checkpoints:
 
 
 def restore_params(path: epath.PathLike, dtype=None, abstract=None):
-    """The parameters of a checkpoint of ours, verified, without reading the optimiser's state.
+    """Restores and verifies the parameters of a checkpoint, without reading the optimiser state.
 
-    `path` is a workdir (its newest undamaged step) or one step, workdir/checkpoints/<step>. `abstract` (pytree of
-    ShapeDtypeStruct) is what names and shapes must be, and gives the shardings; without it everything goes to the first
-    device. `dtype` casts; None keeps the types that were saved. Raises FileNotFoundError or ValueError, in one line.
+    path: a workdir (its newest undamaged step) or one step, workdir/checkpoints/<step>.
+    dtype: casts the parameters. None keeps the types that were saved.
+    abstract: a pytree of ShapeDtypeStruct, which gives the shardings; names and shapes must agree
+        with it. None accepts any names and shapes and puts everything on the first device.
+
+    Raises FileNotFoundError if `path` holds no checkpoint, and ValueError if the parameters do not
+    fit `abstract` or are damaged. Both messages have one line.
     """
     path = _absolute(path)
     if (path / "checkpoints").is_dir():
@@ -138,7 +149,7 @@ def restore_params(path: epath.PathLike, dtype=None, abstract=None):
     )
     leaves, structure = jax.tree.flatten(state["params"])
     del state
-    for i, leaf in enumerate(leaves):  # one at a time: no second copy of the whole
+    for i, leaf in enumerate(leaves):  # one at a time, so that there is no second copy of all
         leaves[i] = leaf if dtype is None else leaf.astype(dtype)
     return jax.tree.unflatten(structure, leaves)
 
@@ -157,15 +168,17 @@ class _Damaged(Exception):
 
 
 def _newest_good(paths: list[epath.Path], abstract, only: tuple[str, ...]):
-    """(path, state, extra, damaged steps) of the first path (newest first) that is undamaged; None without paths."""
+    """Loads the newest undamaged step: (path, state, extra, damaged steps), or None without paths.
+
+    `paths` are sorted, newest first. Raises ValueError if all are damaged.
+    """
     damaged = {}
     for path in paths:
         try:
             state, extra = _load(path, abstract, only)
         except _Damaged as error:
-            damaged[int(path.name)] = str(
-                error
-            )  # the error itself would keep what was read in memory
+            # Keep only the text: the error object would keep the loaded arrays in memory.
+            damaged[int(path.name)] = str(error)
             continue
         if damaged:
             reasons = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
@@ -187,13 +200,17 @@ def _newest_good(paths: list[epath.Path], abstract, only: tuple[str, ...]):
 
 
 def _load(path: epath.Path, abstract, only: tuple[str, ...]):
-    """One step, verified: (tree, extra). `only`: the top-level parts to read; abstract=None takes them as saved."""
+    """Loads and verifies one step: (tree, extra). Raises _Damaged.
+
+    `only` names the top-level parts to read. abstract=None reads them with the saved shapes.
+    """
     failure = ""
     try:
         tree, saved, extra = _read(path, abstract, only)
     except _Damaged as error:
         failure = str(error)
-    # A host reads only its own shards, so one may fail where others do not: all take this step, or all fall back.
+    # A host reads only its own shards, so a read may fail on one host alone. The hosts must agree:
+    # either all use this step, or all fall back.
     if not _all_have(int(path.name), not failure):
         raise _Damaged(failure or "another host cannot read it")
     found = describe(tree)
@@ -205,18 +222,24 @@ def _load(path: epath.Path, abstract, only: tuple[str, ...]):
 
 
 def _all_have(step: int, read: bool) -> bool:
-    """Whether every host has read its part of a step (-1: no step is left); ValueError where hosts are at others."""
+    """Returns whether every host has read its part of a step.
+
+    Step -1 means that no step is left. Raises ValueError if the hosts are at different steps.
+    """
     found = multihost_utils.process_allgather(np.asarray([step, read], np.int32))
     if len(np.unique(found[:, 0])) > 1:
         raise ValueError(
-            f"the hosts see different checkpoints (steps {found[:, 0].tolist()}, -1: none): start all again, with a "
-            "--workdir on a shared file system or gs://"
+            f"the hosts see different checkpoints (steps {found[:, 0].tolist()}, -1: none): "
+            "start all again, with a --workdir on a shared file system or gs://"
         )
     return bool(found[:, 1].all())
 
 
 def _read(path: epath.Path, abstract, only: tuple[str, ...]):
-    """(tree, what was saved of each leaf, extra) of one step, this host's shards alone and not yet verified."""
+    """Reads this host's shards of one step: (tree, {name: [type, shape, hash] as saved}, extra).
+
+    The hashes are not compared here. Raises _Damaged, or ValueError for another model.
+    """
     record = _record(path)
     saved = {
         name: leaf
@@ -233,22 +256,22 @@ def _read(path: epath.Path, abstract, only: tuple[str, ...]):
     )
     context, host = ocp.Context(), jax.process_index()
     context.pytree.loading.partial_load = bool(only)
-    # Where one host fails, the others would wait for it in Orbax's barriers: each loads as if alone.
+    # If one host failed, the others would wait for it in Orbax's barriers. We therefore let each
+    # host load as if it were alone.
     context.multiprocessing.active_processes = {host}
     context.multiprocessing.primary_host = host
     context.multiprocessing.barrier_sync_key_prefix = f"host{host}"
     try:
         with context:
             tree = ocp.load_checkpointables(path, {_ITEM: wanted})[_ITEM]
-    except (
-        Exception
-    ) as error:  # Orbax raises whatever the layer below did, often as a KeyError about its handlers
+    # Orbax passes on any error of the layers below, often as a KeyError about its handlers.
+    except Exception as error:
         raise _Damaged(f"files are missing or cut short ({_cause_of_damage(error)})") from error
     return tree, saved, record["extra"]
 
 
 def _record(path: epath.Path) -> dict:
-    """What `save` noted beside the arrays of a step: `extra`, and type, shape and hash of each leaf."""
+    """Reads the record that `save` wrote: `extra`, and type, shape and hash of each leaf."""
     try:
         record = dict(ocp.checkpointables_metadata(path).custom_metadata)
         recorded = record.pop("digest")
@@ -262,7 +285,7 @@ def _record(path: epath.Path) -> dict:
 
 
 def _cause_of_damage(error: BaseException) -> str:
-    """The first line of the innermost cause; raises an error that says nothing about the checkpoint itself."""
+    """Returns the first line of the innermost cause. Raises `error` if it is one of _NOT_DAMAGE."""
     causes = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
         causes.append(cause)
@@ -273,7 +296,10 @@ def _cause_of_damage(error: BaseException) -> str:
 
 
 def _check_fits(path: epath.Path, saved: Mapping[str, list], abstract, types_matter: bool):
-    """Raises the one ValueError that lists where a checkpoint and what is asked of it differ."""
+    """Raises one ValueError that lists all differences between a checkpoint and `abstract`.
+
+    Names and shapes are compared, and types if `types_matter`.
+    """
 
     def shown(dtype, shape):
         return f"{dtype if types_matter else ''}{list(shape)}"

@@ -1,4 +1,4 @@
-"""The published layout: safetensors in and out, slice by slice."""
+"""The published Hugging Face layout: reads safetensors slice by slice, writes them by shards."""
 
 import contextlib
 import functools
@@ -20,11 +20,12 @@ from llada_jax.files import local, new_folder
 from llada_jax.models import family_of
 from llada_jax.models.family import Row
 
+# The keys are the type names of a safetensors header.
 DTYPES = {
     "F32": jnp.float32,
     "F16": jnp.float16,
     "BF16": jnp.bfloat16,
-}  # as a safetensors header spells them
+}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -42,10 +43,16 @@ def export(
     dtype=None,
     max_shard_bytes: int = 5_000_000_000,
 ):
-    """Writes a folder in the published layout: config.json, safetensors (with an index beyond one shard), tokenizer.
+    """Writes a model in the published layout: config.json, safetensors and tokenizer files.
 
-    The folder appears complete or not at all. `tokenizer_from` is a folder with tokenizer files to copy; `dtype` casts.
-    Raises ValueError if `directory` (a local path) has content already, or if params are not those of the model.
+    The folder appears complete or not at all. Several shards get an index file.
+
+    directory: a local path, without content.
+    tokenizer_from: a folder whose tokenizer files are copied.
+    dtype: casts the parameters; None keeps their types.
+    max_shard_bytes: a shard holds at most this many bytes, or a single larger tensor.
+
+    Raises ValueError if `directory` has content, or if params do not fit the model.
     """
     dtype = floating(dtype)
     leaves, shapes = _flat(params), _flat(param_shapes(model.config))
@@ -135,6 +142,13 @@ def _tensors(config: Any, shapes) -> list[_Tensor]:
 
 
 def read_folder(folder: epath.Path, config: Any, dtype, shardings):
+    """Reads the parameters of a folder in the published layout.
+
+    `dtype` casts; None takes the widest type in the files. `shardings` is a tree like params; None
+    puts everything on the first device. A host reads only what its devices hold. Raises
+    FileNotFoundError if files are missing, and one ValueError that lists all weights that do not
+    fit config.json.
+    """
     shapes = param_shapes(config)
     flat = _flat(shapes)
     tensors = _tensors(config, flat)
@@ -174,9 +188,9 @@ def read_folder(folder: epath.Path, config: Any, dtype, shardings):
         array = None
         for name, _, layer, published in members:
             piece = _read(os.fspath(folder / files[name][0]), name, published, as_published)
-            jax.block_until_ready(
-                last
-            )  # one piece is read while the one before is placed, and no more
+            # Read one tensor while the one before is placed, but no further ahead: this bounds the
+            # host memory.
+            jax.block_until_ready(last)
             if row.transpose:
                 piece = last = _transposer(as_ours, dtype)(piece)
             if stacked or not row.transpose:
@@ -191,12 +205,13 @@ def read_folder(folder: epath.Path, config: Any, dtype, shardings):
     return jax.tree.unflatten(jax.tree.structure(shapes), [params[path] for path in flat])
 
 
-# Bytes of a file that are mapped at a time: what has been read of a mapping counts as the process's own.
+# Bytes of a file that are mapped at a time. Pages that were read through a mapping count as memory
+# of the process until it is unmapped.
 _BLOCK_BYTES = 64 * 2**20
 
 
 def _read(file: str, name: str, shape: tuple[int, ...], sharding) -> jax.Array:
-    """One tensor as published, of which this host reads what its devices hold, each slice once."""
+    """Reads one published tensor. This host reads only what its devices hold, each slice once."""
     found = {}
 
     def read(index):
@@ -219,13 +234,17 @@ def _read(file: str, name: str, shape: tuple[int, ...], sharding) -> jax.Array:
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty array that a CPU device takes as it is: 64 bytes is what XLA asks for, else it copies."""
+    """Returns an empty array aligned to 64 bytes, which XLA's CPU client uses without a copy."""
     memory = np.empty(math.prod(shape) * dtype.itemsize + 64, np.uint8)
     return memory[-memory.ctypes.data % 64 :][: memory.size - 64].view(dtype).reshape(shape)
 
 
 def _of_one(sharding, ndim: int, stacked: bool, transpose: bool):
-    """The sharding of one tensor, as it is or transposed, of a parameter with `sharding` and `ndim` axes."""
+    """Returns the sharding of one tensor of a parameter that has `sharding` and `ndim` axes.
+
+    stacked: the parameter has a leading axis of layers, which the tensor lacks.
+    transpose: the tensor has the parameter's other axes in reverse order.
+    """
     if isinstance(sharding, jax.sharding.SingleDeviceSharding):
         return sharding
     if not isinstance(sharding, jax.sharding.NamedSharding):
@@ -240,13 +259,17 @@ def _of_one(sharding, ndim: int, stacked: bool, transpose: bool):
 
 @functools.cache
 def _transposer(sharding, dtype):
-    """Compiles the transpose. On its own: fused with `_placer`, XLA's CPU backend does it on one core."""
+    """Compiles transpose and cast.
+
+    This is a program of its own. If it were fused with `_placer`, XLA's CPU backend would run the
+    transpose on one core.
+    """
     return jax.jit(lambda piece: piece.T.astype(dtype), out_shardings=sharding)
 
 
 @functools.cache
 def _placer(sharding):
-    """Compiles (parameter, one tensor, layer) -> parameter, cast and stacked in place."""
+    """Compiles (parameter, tensor, layer) -> parameter: casts the tensor and writes it in place."""
 
     def place(array, piece, layer):
         piece = piece.astype(array.dtype).reshape((-1, *array.shape[1:]))
@@ -256,7 +279,11 @@ def _placer(sharding):
 
 
 def _open(folder: epath.Path, stack: contextlib.ExitStack):
-    """({tensor name: (file name, open file)}, problems) of one safetensors file, or of the shards of an index."""
+    """Opens model.safetensors, or all shards of the index.
+
+    Returns ({tensor name: (file name, open file)}, problems); a problem is a tensor that is in two
+    files. Raises FileNotFoundError or ValueError if a file is missing or unreadable.
+    """
     index = folder / "model.safetensors.index.json"
     listed = {}
     if (folder / "model.safetensors").exists():
@@ -284,7 +311,7 @@ def _open(folder: epath.Path, stack: contextlib.ExitStack):
             raise ValueError(
                 f"{folder / name} is no readable safetensors file, fetch it again: {error}"
             ) from None
-        for tensor in weights.keys():
+        for tensor in weights.keys():  # noqa: SIM118 (it has no iterator)
             if tensor in files:
                 problems.append(f"{tensor} is in both {files[tensor][0]} and {name}")
             files[tensor] = (name, weights)
@@ -292,7 +319,10 @@ def _open(folder: epath.Path, stack: contextlib.ExitStack):
 
 
 def floating(dtype):
-    """The dtype, if it is one that weights can have; None stays None."""
+    """Returns `dtype` as a NumPy dtype; None stays None.
+
+    Raises ValueError unless it is float32, float16 or bfloat16.
+    """
     if dtype is None:
         return None
     with contextlib.suppress(TypeError):
@@ -302,6 +332,10 @@ def floating(dtype):
 
 
 def copy_tokenizer(source: epath.Path, folder: epath.Path, required: bool):
+    """Copies the tokenizer files of `source` to `folder`.
+
+    Raises FileNotFoundError if they are `required` and there are none.
+    """
     names = [name for name in TOKENIZER_FILES if (source / name).exists()]
     if required and not {"tokenizer.json", "tokenizer.model"} & set(names):
         raise FileNotFoundError(f"{source} has neither tokenizer.json nor tokenizer.model")

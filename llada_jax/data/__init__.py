@@ -1,1 +1,1 @@
-"""Text in, batches out."""
+"""Data: reads text sources, packs them into rows of tokens, and forms batches."""

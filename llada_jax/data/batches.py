@@ -1,4 +1,4 @@
-"""Rows to batches, in an order that depends on the seed alone."""
+"""Forms batches from packed rows, in an order that depends only on the seed."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from llada_jax.data.rows import Rows
 
 
 class Loader(Iterator[Batch]):
-    """Iterator of batches; `next_index` is the global index of the next row, the loader's whole state."""
+    """Iterator of batches. Its whole state is `next_index`, the global index of the next row."""
 
     def __init__(
         self, batches: grain.IterDataset, start: int, batch_rows: int, num_segments: int
@@ -38,12 +38,20 @@ def loader(
     num_segments: int = 0,
     threads: int = 8,
 ) -> Loader:
-    """Batches of `batch_rows` rows over all shards, in numpy arrays; this shard gets batch_rows / shard_count of them.
+    """Returns an iterator of numpy batches: this shard's part of batches of `batch_rows` rows.
 
-    The global batch at row index k (k = step * batch_rows) is a function of rows, seed and k; a shard takes its rows
-    [shard_index::shard_count]. Each epoch is shuffled anew. epochs=None repeats for ever; else a last partial batch is
-    dropped, or with `pad` filled up with empty rows (segment_ids 0, row_ids -1). `start`: the index to go on from.
-    `num_segments` of the batches; 0: as many as the rows have at most.
+    The global batch that starts at row index k (k = step * batch_rows) depends only on the rows,
+    the seed and k. A shard takes rows [shard_index::shard_count] of it, that is
+    batch_rows / shard_count rows. Every epoch is shuffled differently.
+
+    epochs: None repeats the rows for ever. With a number, a last partial batch is dropped, or with
+        `pad` it is filled up with empty rows (segment_ids 0, row_ids -1).
+    start: the index of the first row to yield (`Loader.next_index` of the run to continue).
+    num_segments: of the batches; 0 takes the most segments of any row.
+    threads: reader threads.
+
+    Raises ValueError if batch_rows is not a positive multiple of shard_count, if shard_index is
+    out of range, or if the rows do not fill one batch.
     """
     if batch_rows < 1 or batch_rows % shard_count or not 0 <= shard_index < shard_count:
         raise ValueError(
@@ -53,7 +61,8 @@ def loader(
     count = len(rows)
     order = grain.MapDataset.range(count)
     if shuffle:
-        # grain adds the epoch to the seed: spread seeds out, or seed 0 in epoch 1 is seed 1 in epoch 0.
+        # grain shuffles epoch e with seed + e. We hash the seed first; otherwise epoch 1 of seed 0
+        # would have the same order as epoch 0 of seed 1.
         order = order.shuffle(int(np.random.SeedSequence(seed).generate_state(1)[0]))
     total = 1 << 62 if epochs is None else count * epochs
     batches = (total - start + (batch_rows - 1) * pad) // batch_rows
@@ -81,7 +90,7 @@ def loader(
 def _padded(
     row: dict[str, np.ndarray], rows: Rows, row_id: int, epoch: int
 ) -> dict[str, np.ndarray]:
-    """One row of a batch."""
+    """Pads one row to the row length and adds its positions, id and epoch."""
     length = rows.row_length
     tokens, segment_ids = np.full(length, rows.pad_id, np.int32), np.zeros(length, np.int32)
     response_mask = np.zeros(length, bool)

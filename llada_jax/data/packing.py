@@ -1,6 +1,7 @@
-"""Normalised records -> tokens -> packed rows.
+"""Packing: normalised records -> tokens -> packed rows.
 
-A sample (a pair, a prompt with its response) lies whole in one row; text is one stream, cut into rows.
+A sample (a preference pair, or a prompt with its response) is never split over two rows. Text
+documents are joined into one stream, which is cut into rows.
 """
 
 import collections
@@ -22,20 +23,25 @@ from llada_jax.data.sources import raw_records
 from llada_jax.data.templates import encode_prompt
 from llada_jax.tokenizer import Tokenizer
 
-OPEN_ROWS = 256  # rows that first fit looks at; the oldest is closed when one more is opened
+OPEN_ROWS = 256  # most rows that first fit keeps open; beyond that the oldest one is closed
 REPORT_SECONDS = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """How records become rows; all of it is part of the cache key. Raises ValueError for nonsense.
+    """How records become rows. Every field is part of the cache key, in this order.
 
-    `kind` is "preference" (pairs), "sft" (a prompt and a response) or "text" (documents between bos
-    and EOS, laid end to end and cut into rows; the last short row is dropped, and `template` and
-    `too_long` do not matter). A pair takes the tokens of both responses and twice its prompt.
-    `too_long="truncate"` cuts the end of the longer response first, then of both; an EOS goes with the
-    end. A prompt that leaves no room, and a pair whose responses become equal, are dropped all the
-    same. The fields keep this order: the cache key depends on it.
+    kind: "preference" (pairs), "sft" (a prompt and a response) or "text" (documents). Text documents
+        are put between bos and EOS, joined end to end and cut into rows; a last short row is dropped.
+        `template` and `too_long` have no effect on text.
+    answer_multiple: for "sft", the response is padded with EOS to a multiple of this many tokens, but
+        not past the row. The padding is part of the response. If it equals row_length, every row
+        holds exactly one sample, as in the published SFT.
+    too_long: what to do with a sample that is longer than a row. (The length of a pair is twice its
+        prompt plus both responses.) "drop" drops it. "truncate" cuts the end of the longer response,
+        then of both; an EOS at the end is cut too. A sample is still dropped if its prompt leaves no
+        room, or if cutting makes the two responses of a pair equal.
+    Raises ValueError for an unknown or impossible value.
     """
 
     kind: str = key("preference", given=True)
@@ -67,7 +73,10 @@ class Packing:
             raise ValueError('split="heldout" is empty at holdout=0; set data.holdout, e.g. to 0.1')
 
     def holds(self, index: int) -> bool:
-        """Whether record number `index` is of this split: a hash decides, so that a longer file keeps the choice."""
+        """Whether record number `index` belongs to this split.
+
+        A hash of the index decides, so records keep their split when others are appended.
+        """
         draw = (
             int.from_bytes(hashlib.blake2b(index.to_bytes(8, "big"), digest_size=8).digest(), "big")
             / 2**64
@@ -77,7 +86,7 @@ class Packing:
 
 @dataclasses.dataclass
 class Stats:
-    """Counts of one preparation; a sample is a pair, a prompt with its response, or a document of text."""
+    """Counts of one preparation. A sample is a pair, a prompt with its response, or a document."""
 
     row_length: int
     records: int = 0
@@ -91,7 +100,7 @@ class Stats:
 
     @property
     def fill(self) -> float:
-        """Part of the rows that is not padding."""
+        """Fraction of the positions in all rows that hold a token, not padding."""
         return self.tokens / max(self.rows * self.row_length, 1)
 
     def __str__(self) -> str:
@@ -103,7 +112,7 @@ class Stats:
 
 
 class Packer:
-    """One pass over a source: records to samples to rows, counted in `stats`."""
+    """One pass over a source: turns records into samples, and samples into rows. Fills `stats`."""
 
     def __init__(self, source: str, tokenizer: Tokenizer, settings: Packing):
         self.source, self.tokenizer, self.settings = source, tokenizer, settings
@@ -111,7 +120,7 @@ class Packer:
         self.bad = BadRecords(settings.bad_records)
 
     def rows(self) -> Iterator[dict[str, np.ndarray]]:
-        """Each row: tokens int32, segment_ids uint16, response_mask bool, all [length], without padding."""
+        """Yields rows without padding: tokens int32, segment_ids uint16, response_mask bool."""
         packed = self._text_rows() if self.settings.kind == "text" else self._packed_rows()
         began = reported = time.monotonic()
         for row in packed:
@@ -120,7 +129,10 @@ class Packer:
             self.stats.response_tokens += int(row["response_mask"].sum())
             if (now := time.monotonic()) - reported > REPORT_SECONDS:
                 reported, records = now, self.stats.records
-                rate = f"{records / (now - began):,.0f} records/s, {self.stats.tokens / (now - began):,.0f} tokens/s"
+                rate = (
+                    f"{records / (now - began):,.0f} records/s,"
+                    f" {self.stats.tokens / (now - began):,.0f} tokens/s"
+                )
                 print(
                     f"preparing {self.source}: {records:,} records, {rate}",
                     file=sys.stderr,
@@ -129,14 +141,14 @@ class Packer:
             yield row
 
     def _encoded(self) -> Iterator[list[np.ndarray]]:
-        """What `_encode` makes of the good records of this split, in order, on all cores."""
+        """Encodes the records of this split on all cores; yields those that are good, in order."""
         first = enumerate(itertools.islice(raw_records(self.source), self.settings.limit or None))
         chosen = (item for index, item in first if self.settings.holds(index))
         size = 64 if self.settings.kind == "text" else 1024
         pool = ThreadPoolExecutor(os.cpu_count())
 
         def started():
-            # `map` of an executor reads all of its input: hand it a block at a time.
+            # Executor.map reads its whole input at once, so we give it one block at a time.
             while block := list(itertools.islice(chosen, size)):
                 yield block, pool.map(self._encode, block)
 
@@ -154,10 +166,10 @@ class Packer:
                     else:
                         yield result
         finally:
-            pool.shutdown(cancel_futures=True)  # after an error nobody wants the rest of the block
+            pool.shutdown(cancel_futures=True)  # after an error, skip the rest of the block
 
     def _encode(self, item: tuple[str, object]) -> list[np.ndarray] | BadRecord:
-        """Ids of [prompt, response, ...], or of [document]."""
+        """Returns the ids of [prompt, response, ...] or of [document], or why the record is bad."""
         try:
             record = normalise(parse(item[1]), self.settings.kind)
             ids = [self.tokenizer.encode(record[key]) for key in FIELDS[self.settings.kind]]
@@ -166,7 +178,7 @@ class Packer:
             if ids[1:] == ids[:1]:
                 raise BadRecord("chosen and rejected are the same tokens")
             if self.settings.append_eos:
-                ids = [response + [self.tokenizer.eos_id] for response in ids]
+                ids = [[*response, self.tokenizer.eos_id] for response in ids]
             if self.settings.kind == "text":
                 bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
                 ids = [bos + ids[0]]
@@ -193,10 +205,13 @@ class Packer:
             rest = rest[cut:]
 
     def _packed_rows(self) -> Iterator[dict[str, np.ndarray]]:
-        """First fit: a sample goes into the oldest open row that has room; OPEN_ROWS bounds how many are open."""
+        """Packs by first fit: a sample goes into the oldest open row that has room for it.
+
+        At most OPEN_ROWS rows are open at a time.
+        """
         opened: collections.deque[_Row] = collections.deque()
-        for prompt, *responses in self._encoded():
-            responses = self._fit(prompt, responses)
+        for prompt, *encoded in self._encoded():
+            responses = self._fit(prompt, encoded)
             if responses is None:
                 self.stats.too_long_dropped += 1
                 continue
@@ -215,12 +230,16 @@ class Packer:
         yield from (row.arrays() for row in opened)
 
     def _fit(self, prompt: np.ndarray, responses: list[np.ndarray]) -> list[np.ndarray] | None:
-        """The responses as they go into a row (see `data.prepare` for too_long), None if they do not."""
+        """Cuts or pads the responses so that the sample fits into a row; None drops the sample.
+
+        `rows.prepare` documents too_long and answer_multiple.
+        """
         room = self.settings.row_length - len(responses) * len(prompt)
         if sum(map(len, responses)) > room:
             if self.settings.too_long == "drop" or room < len(responses):
                 return None
-            # The longer is cut first: each may have an equal share, and what a shorter one leaves goes to the other.
+            # Each response may use an equal share of the room. Room that a shorter response does
+            # not use goes to the other one, so the longer response is cut first.
             shortest = min(map(len, responses))
             share = max(room // len(responses), room - shortest * (len(responses) - 1))
             responses = [response[:share] for response in responses]
@@ -234,7 +253,7 @@ class Packer:
         return responses
 
     def why_empty(self) -> str:
-        """Why a source gave no row: what to say when `rows` was empty."""
+        """The error message for a source that gave no row."""
         stats, settings = self.stats, self.settings
         if not stats.records:
             where = (
@@ -244,7 +263,10 @@ class Packer:
             )
             return f"data source {self.source} holds no record{where}; give one that does"
         if settings.kind == "text":
-            return f"data source {self.source} fills no row of {settings.row_length} tokens ({stats}); lower row_length"
+            return (
+                f"data source {self.source} fills no row of {settings.row_length} tokens ({stats});"
+                " lower row_length"
+            )
         return (
             f"data source {self.source} gives no sample ({stats}); raise row_length or set"
             ' data.too_long="truncate" if they are too long'

@@ -1,4 +1,4 @@
-"""Raw records of a source to normalised records."""
+"""Turns the raw records of a source into normalised records."""
 
 import json
 import re
@@ -9,9 +9,9 @@ from absl import logging
 from llada_jax.data.sources import raw_records
 from llada_jax.data.templates import as_messages
 
-NAMED_BAD_RECORDS = 5  # skipped records that are named one by one; the rest is counted
+NAMED_BAD_RECORDS = 5  # this many skipped records are logged by name; the others are only counted
 
-# What of a normalised record follows the prompt.
+# The fields of a normalised record, besides the prompt, for each kind.
 FIELDS = {
     "preference": ("chosen", "rejected"),
     "sft": ("response",),
@@ -21,11 +21,11 @@ FIELDS = {
 
 
 class BadRecord(ValueError):
-    """Why a record cannot be used; the caller adds where it is."""
+    """Says why a record cannot be used. The caller adds the file and line of the record."""
 
 
 class BadRecords:
-    """What `bad_records` says to do with them."""
+    """Handles bad records by the `bad_records` policy: "stop" raises, "skip" counts and warns."""
 
     def __init__(self, policy: str):
         if policy not in ("stop", "skip"):
@@ -33,6 +33,7 @@ class BadRecords:
         self.policy, self.count = policy, 0
 
     def add(self, where: str, reason: BadRecord) -> None:
+        """Handles one bad record. Raises ValueError if the policy is "stop"."""
         if self.policy == "stop":
             raise ValueError(
                 f'{where}: {reason}; repair it or set data.bad_records="skip"'
@@ -47,27 +48,30 @@ class BadRecords:
 def read_records(
     source: str, kind: str, bad_records: str = "stop"
 ) -> Iterator[tuple[str, dict, dict]]:
-    """("file:line", raw record, normalised record) of a source.
+    """Yields ("file:line", raw record, normalised record) for each record of a source.
 
-    Normalised: "preference" has prompt, chosen, rejected; "sft" prompt, response; "prompt" prompt; "text" text. A
-    prompt is a string or a list of messages {role, content}, all else is a string. The forms that are understood:
-    `normalise`. ValueError at a bad record, or with bad_records="skip" a warning.
+    The kind decides the fields of a normalised record: "preference" has prompt, chosen and
+    rejected; "sft" prompt and response; "prompt" only prompt; "text" only text. A prompt is a
+    string or a list of messages {role, content}; every other field is a string. `normalise` lists
+    the accepted raw forms. Raises ValueError at a bad record; with bad_records="skip" it logs a
+    warning and goes on.
     """
     bad = BadRecords(bad_records)
-    for where, raw in raw_records(source):
+    for where, unparsed in raw_records(source):
         try:
-            raw = parse(raw)
+            raw = parse(unparsed)
             yield where, raw, normalise(raw, kind)
         except BadRecord as reason:
             bad.add(where, reason)
 
 
 def parse(raw: object) -> dict:
+    """Parses JSON bytes; a dict is returned as it is. Raises BadRecord for anything else."""
     if isinstance(raw, bytes):
         try:
             escapes = rb"\ud" in raw.lower()
             raw = json.loads(raw)
-            if escapes:  # JSON can write half of a surrogate pair, which no tokenizer takes
+            if escapes:  # JSON can hold half of a surrogate pair, which no tokenizer accepts
                 json.dumps(raw, ensure_ascii=False).encode()
         except json.JSONDecodeError as e:
             raise BadRecord(f"no JSON ({e.msg} at character {e.pos})") from e
@@ -79,13 +83,18 @@ def parse(raw: object) -> dict:
 
 
 def normalise(raw: dict, kind: str) -> dict:
-    """The normalised form (see `read_records`) of a record, or BadRecord.
+    """Returns a raw record in normalised form (see `read_records`).
 
-    prompt: `prompt`, `question` or `instruction` (with `input`), a string or messages; or `messages` up to the last
-    assistant turn. response: `response`, `answer`, `output`, `completion`, or `chosen` of a preference record.
-    chosen and rejected (and a response) are strings, or messages: the answer alone or the whole conversation. Without
-    a prompt they are whole conversations, as messages or as HH-RLHF transcripts; both must then share the prompt.
-    The content of messages and turns is stripped, a string is left as it is.
+    prompt: the field `prompt`, `question` or `instruction` (with `input`), a string or messages;
+        or the field `messages` without a last assistant turn.
+    response: the field `response`, `answer`, `output` or `completion`, or `chosen` of a preference
+        record; or the last turn of `messages`.
+    chosen, rejected, response: a string, or messages that hold either the answer alone or the whole
+        conversation. In a record without a prompt they must be whole conversations, as messages or
+        as HH-RLHF transcripts, and chosen and rejected must have the same prompt.
+
+    The content of messages and transcript turns is stripped; strings stay as they are.
+    Raises BadRecord if the record has none of these forms, and ValueError for an unknown kind.
     """
     if kind not in FIELDS:
         raise ValueError(f"kind={kind!r} is unknown; use one of {', '.join(FIELDS)}")
@@ -152,13 +161,13 @@ def _prompt(raw: dict) -> str | list[dict] | None:
         return _messages(key, value)
     if key == "instruction" and raw.get("input"):
         value = f"{value}\n\n{_string('input', raw['input'])}"
-    # The prompt of a transcript that was split already ends where the assistant is to speak.
+    # A transcript that was split into prompt and answer ends with an empty assistant turn.
     turns = _transcript(value)
     return turns[:-1] if turns and turns[-1] == {"role": "assistant", "content": ""} else value
 
 
 def _transcript(text: str) -> list[dict]:
-    """Messages of an HH-RLHF transcript, [] if the text is none."""
+    """Returns the messages of an HH-RLHF transcript, or [] if the text is not a transcript."""
     before, *parts = re.split(r"\n\n(Human|Assistant):", text)
     if before.strip() or not parts:
         return []
@@ -172,7 +181,10 @@ def _transcript(text: str) -> list[dict]:
 def _response(
     key: str, value: object, prompt: str | list[dict] | None
 ) -> tuple[str | list[dict], str]:
-    """(prompt, response) where `value` is the response to the prompt, or the conversation that ends with it."""
+    """Returns (prompt, response).
+
+    `value` is the response to the prompt, or a whole conversation that ends with the response.
+    """
     if isinstance(value, str) and prompt is not None:
         return prompt, _string(key, value)
     turns = _transcript(value) if isinstance(value, str) else _messages(key, value)
@@ -190,7 +202,7 @@ def _response(
         return prompt, response
     if prompt is None or head == as_messages(prompt):
         return head if prompt is None else prompt, response
-    # A conversation may hold more than its prompt field: a system message, other turns.
+    # A conversation may hold more than the prompt field does: a system message or other turns.
     if not isinstance(prompt, str) or {"role": "user", "content": prompt.strip()} not in head:
         raise BadRecord(f"{key} repeats another prompt than the field prompt")
     return head, response

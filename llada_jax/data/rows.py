@@ -1,7 +1,8 @@
-"""Packed rows on disk, and batches of them.
+"""Packed rows on disk.
 
-`prepare` packs a source (see `records` and `packing`) once into rows with random access, cached by content; `loader`
-turns rows into batches whose order depends on the seed alone, so that one integer resumes it on any number of hosts.
+`prepare` packs a source (see `records` and `packing`) once. The result has random access and is
+cached under a hash of the source's content and all settings. `batches.loader` forms batches of
+these rows.
 """
 
 import dataclasses
@@ -21,18 +22,17 @@ from llada_jax.data.packing import Packer, Packing, Stats
 from llada_jax.data.sources import identify
 from llada_jax.tokenizer import Tokenizer
 
-FORMAT = (
-    1  # of the files on disk, part of the cache key: raise it when the same input gives other rows
-)
+# Version of the files, part of the cache key. Raise it when the same input gives other rows.
+FORMAT = 1
 STALE_SECONDS = 24 * 3600.0
 
 
 class _Builder(tfds.core.GeneratorBasedBuilder):
-    """Writes an iterator of rows in its order."""
+    """Writes rows in the order of the iterator."""
 
     name = "llada_jax_rows"
     VERSION = tfds.core.Version(f"{FORMAT}.0.0")
-    pkg_dir_path = None  # there is no folder of documentation
+    pkg_dir_path = None  # this builder has no folder of documentation
 
     def __init__(self, rows: Iterator[dict[str, np.ndarray]], data_dir: epath.Path):
         self._rows = rows
@@ -54,17 +54,21 @@ class _Builder(tfds.core.GeneratorBasedBuilder):
         yield from enumerate(self._rows)
 
     def _log_download_bytes(self):
-        """Nothing is downloaded, so nothing is said about it."""
+        """Logs nothing, since nothing is downloaded."""
 
     _log_download_done = _log_download_bytes
 
 
 class Rows(Sequence):
-    """Packed rows with random access; `rows[i]` is a dict of tokens, segment_ids, response_mask, all [length] and
-    without padding (the loader pads).
+    """Packed rows with random access.
 
-    `stats`: `Stats`; `num_segments`: most segments in any row; `row_length`; `pad_id`; `kind`; `fingerprint`: hash of
-    the records, the tokenizer and every setting.
+    `rows[i]` is a dict of tokens, segment_ids and response_mask, each [length] and without padding
+    (the loader pads).
+
+    stats: the `Stats` of the preparation.
+    num_segments: the largest number of segments in any row.
+    row_length, pad_id, kind: as prepared; pad_id is the EOS id.
+    fingerprint: hash of the records, the tokenizer and every setting.
     """
 
     def __init__(self, directory: str | os.PathLike):
@@ -81,9 +85,8 @@ class Rows(Sequence):
         return len(self._source)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return self._source[
-            range(len(self))[index]
-        ]  # IndexError ends an iteration, the source has its own
+        # `range` raises IndexError, which ends an iteration; the source raises another error.
+        return self._source[range(len(self))[index]]
 
 
 def prepare(
@@ -96,11 +99,13 @@ def prepare(
     """
     if "://" in os.fspath(cache_dir):
         raise ValueError(
-            f"cache_dir={cache_dir} is not local, and ArrayRecord reads local files; use a local directory"
+            f"cache_dir={cache_dir} is not local, and ArrayRecord reads local files;"
+            " use a local directory"
         )
     if tokenizer.eos_id is None:
         raise ValueError(
-            "rows are padded with EOS, which this tokenizer does not have; use one with <|endoftext|>"
+            "rows are padded with EOS, which this tokenizer does not have;"
+            " use one with <|endoftext|>"
         )
     digest = hashlib.sha256(
         f"{FORMAT} {tokenizer.fingerprint} {dataclasses.asdict(packing)}".encode()
@@ -115,7 +120,8 @@ def prepare(
 
 def _write(packer: Packer, directory: epath.Path, fingerprint: str) -> None:
     """Writes the packer's rows to a temporary directory and renames it when it is complete."""
-    # A killed process leaves its directory behind; one younger than a day may be at work still.
+    # A killed process leaves its temporary directory behind. We remove those older than a day;
+    # younger ones may belong to a process that is still working.
     for left in directory.parent.glob(f"{directory.name}.*.incomplete"):
         if time.time() - left.stat().mtime > STALE_SECONDS:
             left.rmtree(missing_ok=True)
@@ -150,6 +156,6 @@ def _write(packer: Packer, directory: epath.Path, fingerprint: str) -> None:
         except OSError:
             if not directory.exists():
                 raise
-            # Another process was faster; its rows are the same.
+            # Another process was faster. Its rows are the same, so we use them.
     finally:
         temporary.rmtree(missing_ok=True)

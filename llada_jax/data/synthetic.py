@@ -1,15 +1,22 @@
-"""Full rows of random tokens, for benchmarks and compiles."""
+"""Synthetic rows: full rows of random tokens, for benchmarks and compiles."""
 
 import numpy as np
 
 from llada_jax.data.packing import Stats
 from llada_jax.data.rows import Rows
 
-PAIR_TOKENS = 1024  # of a synthetic pair or sample, prompt included: four in a row of 4096, as in the published batch
+# Tokens of a synthetic pair or sample, prompt included: a row of 4096 holds four, as in the
+# published batch.
+PAIR_TOKENS = 1024
 
 
 class SyntheticRows(Rows):
-    """Full rows of random tokens: pairs or samples of at most PAIR_TOKENS, a quarter of each segment being prompt."""
+    """Full rows of random tokens, which `loader` accepts in place of packed rows.
+
+    A row holds max(row_length // PAIR_TOKENS, 1) pairs or samples of equal size (text: one).
+    A quarter of each segment is the prompt (text: none). Raises ValueError if row_length is less
+    than 4 tokens a segment.
+    """
 
     def __init__(self, kind: str, row_length: int, vocab_size: int, count: int):
         self.row_length, self.kind, self.pad_id, self._count = row_length, kind, 0, count
@@ -18,7 +25,8 @@ class SyntheticRows(Rows):
         self.num_segments = 2 * per_row if kind == "preference" else per_row
         if row_length < 4 * self.num_segments:
             raise ValueError(
-                f"data.row_length={row_length} holds no synthetic pair: at least {4 * self.num_segments}"
+                f"data.row_length={row_length} holds no synthetic pair:"
+                f" at least {4 * self.num_segments}"
             )
         samples, answers = count * per_row, count * int(self[0]["response_mask"].sum())
         self.stats = Stats(

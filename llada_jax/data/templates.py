@@ -1,18 +1,19 @@
-"""Prompts: strings or chat messages, to token ids."""
+"""Prompt templates: turn prompts (strings or chat messages) into token ids."""
 
 from llada_jax.tokenizer import Tokenizer
 
 
 def as_messages(prompt: str | list[dict]) -> list[dict]:
-    """A string is one message of the user."""
+    """Returns the messages of a prompt; a string becomes one message of the user."""
     return [{"role": "user", "content": prompt.strip()}] if isinstance(prompt, str) else prompt
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str | list[dict], template: str) -> list[int]:
-    """Ids of a prompt up to where the response begins.
+    r"""Returns the ids of a prompt, up to the point where the response begins.
 
-    "chat": the tokenizer's chat template (a string is one message of the user). "plain": bos, where the tokenizer has
-    one, and the text; messages are written as HH-RLHF transcripts (`\n\nHuman: ...\n\nAssistant: `).
+    template "chat": the tokenizer's chat template; a string counts as one message of the user.
+    template "plain": bos (if the tokenizer has one) and the text. Messages are written as an
+    HH-RLHF transcript (`\n\nHuman: ...\n\nAssistant: `).
     """
     if template == "chat":
         return tokenizer.chat_prompt(as_messages(prompt))

@@ -1,4 +1,4 @@
-"""Steps done, rates and time left, for whoever watches."""
+"""Progress display: steps done, rates and time left."""
 
 import collections
 import math
@@ -14,10 +14,17 @@ from llada_jax.metrics.mean import floats
 
 
 class Progress:
-    """Shows steps done, rates, time left and chosen metrics: a bar on a terminal, else a line every `every` seconds.
+    """Shows steps done, rates, time left and chosen metrics.
 
-    Rates are those of the last `window` seconds of updates, so that neither compilation (before the first update) nor
-    an evaluation distorts them for long. Only process 0 of a pod shows anything.
+    On a terminal it draws a bar, otherwise it prints a line every `every` seconds. Rates are those
+    of the last `window` seconds. Compilation, which ends before the first update, does not count,
+    and an evaluation distorts the rates only for that long. Only process 0 of a pod shows anything.
+
+    total: number of steps of the run.
+    start: number of steps done before.
+    unit: what is counted, for display.
+    show: names of the metrics to show.
+    clock: returns the time in seconds.
     """
 
     def __init__(
@@ -41,7 +48,7 @@ class Progress:
         self._clock = clock
         self._history = collections.deque()  # (time, step, counts so far)
         self._counts: dict[str, float | int] = {}
-        self._unseen: tuple | None = None  # the last update, while it is not shown
+        self._unseen: tuple | None = None  # the last update, until it is shown
         self._shown_at = -math.inf
         self._quiet = jax.process_index() != 0
         self._bar = None
@@ -54,9 +61,11 @@ class Progress:
     def update(
         self, step: int, metrics: Mapping[str, Any] | None = None, **counts: float | int
     ) -> dict[str, float]:
-        """Notes that `step` (of `total`) is done, with `counts` (tokens=..., pairs=...) done since the last update.
+        """Notes that `step` (of `total`) is done.
 
-        Returns the recent rates, ready to log: `steps/s`, one `<count>/s` each, and `seconds_left`; empty at first.
+        `counts` (tokens=..., pairs=...) are what was processed since the last update. Returns the
+        recent rates, ready to log: `steps/s` (after `unit`), `<count>/s` for each count, and
+        `seconds_left`. The first call returns {}.
         """
         for name, count in counts.items():
             self._counts[name] = self._counts.get(name, 0) + count
@@ -72,7 +81,7 @@ class Progress:
         return rates
 
     def close(self):
-        """Shows the last update, if it was not yet shown."""
+        """Shows the last update if it was not shown yet, and closes the bar."""
         self._flush()
         if self._bar is not None:
             self._bar.close()

@@ -1,4 +1,4 @@
-"""Metrics on disk: metrics.jsonl and TensorBoard scalars."""
+"""Writes metrics to disk: metrics.jsonl and TensorBoard scalars."""
 
 import json
 import math
@@ -15,12 +15,16 @@ from llada_jax.metrics.mean import floats
 
 
 class Writer:
-    """Writes metrics to workdir/metrics.jsonl (one line a call) and as TensorBoard scalars to workdir/tb.
+    """Writes metrics to workdir/metrics.jsonl and TensorBoard scalars to workdir/tb.
 
-    `start_step` is the step a run continues from: what an earlier process logged beyond it, after its last checkpoint,
-    is dropped, since those steps will be run and logged again; under `evaluates_again` so is what it logged as "eval/"
-    at that step. Only process 0 of a pod writes. Object stores cannot append: on a path with "://" metrics.jsonl is
-    written whole at most every `remote_seconds`, and at `flush`.
+    Each call adds one line to metrics.jsonl. Only process 0 of a pod writes.
+
+    start_step: the step from which the run continues. Lines of later steps, which an earlier
+        process logged after its last checkpoint, are dropped: these steps will run again.
+    evaluates_again: the evaluation at start_step will run again too, so its line ("eval/") is
+        dropped as well.
+    remote_seconds: object stores cannot append. On a path with "://" the whole metrics.jsonl is
+        rewritten, at most once in this many seconds, and at `flush`.
     """
 
     def __init__(
@@ -43,23 +47,24 @@ class Writer:
         self._file = None
         if not _is_remote(workdir):
             self._lines.clear()
-            self._file = open(self._path, "a", encoding="utf-8")
+            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (until `close`)
         try:
-            # The suffix keeps a process that starts within the same second from overwriting the file of the last.
+            # File names hold the time in seconds. The suffix keeps a process that starts within the
+            # same second from overwriting the file of the last process.
             options = {
                 "purge_step": start_step + 1,
                 "flush_secs": 30,
                 "filename_suffix": f".from{start_step}",
             }
             self._tensorboard = SummaryWriter(str(workdir / "tb"), **options)
-        except ImportError as error:  # tensorboardX needs a package of its own for gs:// and s3://
+        except ImportError as error:  # tensorboardX needs extra packages for gs:// and s3://
             self._tensorboard = None
             logging.warning(
                 "No TensorBoard scalars in %s (%s); metrics.jsonl has them all.", workdir, error
             )
 
     def write(self, step: int, metrics: Mapping[str, Any]):
-        """Logs one step; what JSON has no number for (nan, infinities) becomes null in metrics.jsonl."""
+        """Logs the metrics of one step; nan and infinity become null in metrics.jsonl."""
         if not self._enabled:
             return
         values = floats(metrics)
@@ -74,11 +79,11 @@ class Writer:
                 self._rewrite()
         if self._tensorboard:
             for name, value in finite.items():
-                if value is not None:  # TensorBoard draws no nan, and warns of each
+                if value is not None:  # TensorBoard cannot draw nan, and warns about each one
                     self._tensorboard.add_scalar(name, value, int(step))
 
     def flush(self):
-        """Makes everything written so far visible to readers; call it beside a checkpoint."""
+        """Makes everything written so far visible to readers; call it with every checkpoint."""
         if not self._enabled:
             return
         if not self._file:
@@ -87,6 +92,7 @@ class Writer:
             self._tensorboard.flush()
 
     def close(self):
+        """Flushes and closes the files."""
         if not self._enabled:
             return
         self.flush()
@@ -102,7 +108,7 @@ class Writer:
         self.close()
 
     def _rewrite(self):
-        # Renaming is atomic on a disk, and so is a write of a whole object in a bucket.
+        # On a disk, renaming is atomic; in a bucket, writing a whole object is atomic.
         target = self._path if _is_remote(self._path) else self._path.with_name("metrics.jsonl.tmp")
         target.write_text("".join(self._lines))
         if target != self._path:
@@ -115,7 +121,11 @@ def _is_remote(path: epath.Path) -> bool:
 
 
 def lines_until(path: epath.Path, step: float | int, evaluated: bool = True) -> list[str]:
-    """The whole lines of a metrics file up to a step, and its evaluation if `evaluated`; none torn by a crash."""
+    """Returns the lines of a metrics file up to and including `step`.
+
+    With `evaluated` False, the evaluation ("eval/") at `step` itself is left out. Lines that a
+    crash cut short are skipped.
+    """
     lines = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:

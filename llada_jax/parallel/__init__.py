@@ -1,1 +1,1 @@
-"""Many devices and hosts as one."""
+"""Parallelism: meshes, data and model parallel steps, and coordination between hosts."""

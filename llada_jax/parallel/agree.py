@@ -1,4 +1,4 @@
-"""Agreement between hosts about files and settings; one packing a disk."""
+"""Agreement between hosts: same settings, shared directories, work done once for each disk."""
 
 import contextlib
 import hashlib
@@ -12,11 +12,16 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from llada_jax.files import write_whole
+
 T = TypeVar("T")
 
 
 def check_same(what: str, text: str):
-    """ValueError on all hosts where they do not give the same text."""
+    """Raises ValueError on all hosts if they do not all pass the same `text`.
+
+    `what` names the text in the message. All hosts must call this.
+    """
     if jax.process_count() == 1:
         return
     mine = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
@@ -31,7 +36,10 @@ def check_same(what: str, text: str):
 
 
 def sharing(directory: epath.PathLike) -> list[int]:
-    """The processes that see the same files in a directory as this one, by each leaving a mark there."""
+    """Returns the processes that see the same files in a directory as this one does.
+
+    Every process puts a file there and lists the files that it sees. All hosts must call this.
+    """
     if jax.process_count() == 1:
         return [0]
     directory = epath.Path(directory)
@@ -47,19 +55,22 @@ def sharing(directory: epath.PathLike) -> list[int]:
 
 
 def check_shared(directory: epath.PathLike):
-    """ValueError where not all hosts see the same files in a directory."""
+    """Raises ValueError if some hosts do not see the same files in a directory."""
     seen = sharing(directory)
     if len(seen) < jax.process_count():
         raise ValueError(
-            f"{directory} is not the same on all hosts (process {jax.process_index()} shares it with {seen} of "
-            f"{jax.process_count()}): give a --workdir on a shared file system or gs://"
+            f"{directory} is not the same on all hosts (process {jax.process_index()} shares it"
+            f" with {seen} of {jax.process_count()}):"
+            " give a --workdir on a shared file system or gs://"
         )
 
 
 def once_per_disk(directory: epath.PathLike, make: Callable[[], T]) -> T:
-    """`make()`, on one process of each disk first and, when it is done there, on the others, who find its files.
+    """Returns `make()`, called first by one process for each disk that holds `directory`.
 
-    An error on one disk is a ValueError on every process that waits there.
+    The other processes of that disk wait, and then call `make()` too; it is quick, since it finds
+    the files that the first call wrote. If the first call fails with ValueError or OSError, every
+    process that waits for it raises ValueError with the same message.
     """
     if jax.process_count() == 1:
         return make()
@@ -77,7 +88,6 @@ def once_per_disk(directory: epath.PathLike, make: Callable[[], T]) -> T:
             raise
         finally:
             if others:
-                # Renamed when whole, so that nobody reads half of it.
                 write_whole(outcome, error)
                 _wait(lambda: len(list(directory.glob(f"{read}*"))) == len(others), seconds=60)
                 for path in (outcome, *directory.glob(f"{read}*")):
@@ -92,7 +102,7 @@ def once_per_disk(directory: epath.PathLike, make: Callable[[], T]) -> T:
 
 
 def _nonce() -> str:
-    """The same new name on all processes."""
+    """Returns a new random name, the same on all processes."""
     mine = np.frombuffer(os.urandom(8), np.uint32)
     return "".join(f"{int(word):08x}" for word in multihost_utils.broadcast_one_to_all(mine))
 

@@ -1,4 +1,4 @@
-"""Many hosts as one: starting jax.distributed, one voice, one error for all."""
+"""Processes of one run on many hosts: join them, print on the first one, end with an error."""
 
 import importlib.util
 import os
@@ -22,12 +22,14 @@ def initialize(
     num_processes: int | None = None,
     process_id: int | None = None,
 ):
-    """Joins this process to the others of the run, before anything asks JAX for its devices.
+    """Joins this process to the others of the run. Call it before anything asks JAX for devices.
 
-    What is None is taken from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; where those are not set
-    either, from the platform (TPU pod, GKE, Slurm, Open MPI), as `jax.distributed.initialize` finds it. One process
-    with nothing of it stays alone. ValueError where one of the three is given and another is not, ConnectionError where
-    the others are not reached.
+    An argument that is None is read from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES or
+    JAX_PROCESS_ID. If none of them is set, `jax.distributed.initialize` detects the processes from
+    the platform (TPU pod, GKE, Slurm, Open MPI). A process without any of these runs alone.
+
+    Raises ValueError if only some of the three values are given, or if they are invalid, and
+    ConnectionError if the other processes cannot be reached.
     """
     given = {
         "coordinator_address": coordinator_address,
@@ -44,18 +46,20 @@ def initialize(
             f"--{name} (or {_EXPLICIT[name]})" for name in given if name not in known
         )
         raise ValueError(
-            f"{', '.join(f'{k}={v}' for k, v in known.items())} without {missing}: give all three or none"
+            f"{', '.join(f'{k}={v}' for k, v in known.items())} without {missing}:"
+            " give all three or none"
         )
     if known:
         if not 0 <= given["process_id"] < given["num_processes"]:
             raise ValueError(
-                f"process_id={given['process_id']} is not one of num_processes={given['num_processes']}: count from 0"
+                f"process_id={given['process_id']} is not one of"
+                f" num_processes={given['num_processes']}: count from 0"
             )
         if ":" not in given["coordinator_address"]:
             raise ValueError(
                 f"coordinator_address={given['coordinator_address']} has no port: give HOST:PORT"
             )
-        # Every device of the host belongs to this process; a Slurm job around it is not asked.
+        # Turn off detection: even inside a Slurm job, this process uses all devices of its host.
         known["cluster_detection_method"] = "deactivate"
     may_be_alone = not known and not _platform_has_many()
     if may_be_alone and not _may_be_in_pod():
@@ -63,22 +67,24 @@ def initialize(
     try:
         _join(**known)
     except (ValueError, RuntimeError, OSError) as error:
-        # Where no metadata server is found, and where it knows of no pod. JAX keeps its client even if that failed.
+        # OSError: there is no metadata server. The message: the server knows of no pod. If JAX has
+        # a client (it keeps one even after a failure), a pod was found, but joining it failed.
         no_pod = isinstance(error, OSError) or "coordinator_address should be defined" in str(error)
         if may_be_alone and no_pod and not jax.distributed.is_initialized():
             logging.warning("No TPU pod found (%s); going on as one host.", error)
             return
         raise ConnectionError(
-            f"this process could not join the others of the run ({' '.join(str(error).split())}): see whether each "
-            "runs and reaches the coordinator, and start all again"
+            f"this process could not join the others of the run ({' '.join(str(error).split())}):"
+            " see whether each runs and reaches the coordinator, and start all again"
         ) from error
 
 
 def _enough_threads():
-    """Gives XLA's CPU client eight threads a virtual device, unless PJRT_NPROC says how many.
+    """Gives XLA's CPU client eight threads per virtual device, unless PJRT_NPROC is set.
 
-    By default it has one a core, or one a device where these are more. A collective blocks the thread it waits in, and
-    work that such a thread had queued is not always taken up by an idle one: with few threads, all wait for ever.
+    The default is max(cores, devices) threads. A thread that waits in a collective is blocked, and
+    the tasks queued on it are not always stolen by idle threads, so with few threads the program
+    can deadlock.
     """
     asked = re.findall(
         r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", "")
@@ -89,17 +95,17 @@ def _enough_threads():
 
 
 def _join(**settings):
-    # On CPU, collectives of several programs under way at once can wait for each other across processes.
+    # On CPU, collectives of several programs that run at once can deadlock across processes.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     jax.distributed.initialize(**settings)
 
 
 def check_joined():
-    """ValueError where JAX counts several processes that `initialize` did not join."""
+    """Raises ValueError if JAX counts several processes that `initialize` did not join."""
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
         raise ValueError(
-            f"{jax.process_count()} processes and no coordinator: pass --coordinator_address, --num_processes and "
-            "--process_id"
+            f"{jax.process_count()} processes and no coordinator:"
+            " pass --coordinator_address, --num_processes and --process_id"
         )
 
 
@@ -110,7 +116,10 @@ def _number(name: str, text: str) -> int:
 
 
 def _platform_has_many() -> bool:
-    """Whether Slurm, Open MPI or GKE started several processes, by what jax.distributed looks at."""
+    """Returns whether Slurm, Open MPI or GKE started several processes.
+
+    It reads the environment variables that jax.distributed reads.
+    """
     env = os.environ
     slurm = (
         "SLURM_STEP_NODELIST" in env
@@ -128,7 +137,10 @@ def _tpu_hosts() -> str:
 
 
 def _may_be_in_pod() -> bool:
-    """Whether this is a TPU VM that only a metadata server can tell from the worker of a pod."""
+    """Returns whether this is a TPU VM that may be a worker of a pod.
+
+    Only a metadata server could tell.
+    """
     if (
         "TPU_SKIP_MDS_QUERY" in os.environ
         or os.environ.get("JAX_PLATFORMS", "tpu").find("tpu") < 0
@@ -142,27 +154,28 @@ def _may_be_in_pod() -> bool:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that prints and writes."""
+    """Returns whether this is process 0, the one that prints and writes."""
     return jax.process_index() == 0
 
 
 def say(text: str):
-    """Prints a line, on the first process only."""
+    """Prints text on the first process only."""
     if is_first():
         print(text, flush=True)
 
 
 def fail(text: str, status: int = 1):
-    """Ends this process with a line and status 1.
+    """Prints an error message and ends this process.
 
-    One of several does not end in the ordinary way, where JAX would wait for the others, which may be waiting for it.
+    In a run of several processes it uses os._exit: at a normal exit JAX waits for the other
+    processes, and these may be waiting for this one.
     """
     if not jax.distributed.is_initialized():
         print(text, file=sys.stderr, flush=True)
         sys.exit(status)
     print(text, file=sys.stderr, flush=True)
     sys.stdout.flush()
-    time.sleep(
-        5
-    )  # those with the same error can say so, instead of complaining that this one is gone
+    # Other processes with the same error now have time to report it. Otherwise they would report
+    # that this process is gone.
+    time.sleep(5)
     os._exit(status)

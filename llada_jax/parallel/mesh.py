@@ -1,4 +1,4 @@
-"""Meshes, the one table of logical axis rules, and shardings."""
+"""Meshes, shardings, and the table of logical axis rules."""
 
 import contextlib
 
@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
 
-# Logical axis of a parameter or an activation -> mesh axes. The only place where the two meet.
+# Logical axis of a parameter or an activation -> mesh axes. No other place relates the two.
 RULES = (
     ("act_rows", ("data", "fsdp")),
     ("act_length", None),
@@ -28,10 +28,13 @@ RULES = (
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
-    """A mesh of all devices (or of `devices`); one size may be -1, which takes what is left.
+    """Makes a mesh of all devices (or of `devices`). One size may be -1: it takes what is left.
 
-    Over several TPU slices, or GPU nodes where it divides by them, `data` crosses the network between them. Raises
-    ValueError where the sizes do not multiply to the number of devices, or where `data` does not divide by the slices.
+    With several TPU slices, only the axis `data` crosses the network between them. The same holds
+    for several GPU nodes if `data` is a multiple of their number; otherwise any axis may cross.
+
+    Raises ValueError if the product of the sizes is not the number of devices, or if `data` is not
+    a multiple of the number of TPU slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
@@ -49,12 +52,13 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
         )
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if sizes[0] % slices and devices[0].platform != "tpu":
-        slices = 1  # GPU nodes are slices too, but any axis may cross their network
+        slices = 1  # JAX counts GPU nodes as slices too, but any axis may cross their network
     if sizes[0] % slices:
         raise ValueError(
-            f"mesh.data={sizes[0]} is no multiple of the {slices} slices that it has to cross: change it"
+            f"mesh.data={sizes[0]} is no multiple of the {slices} slices that it has to cross:"
+            " change it"
         )
-    # Auto axes: linen's logical partitioning fails under the Explicit axes that make_mesh gives by default.
+    # Use Auto axes: linen's logical partitioning fails under Explicit axes, make_mesh's default.
     types = (AxisType.Auto,) * 3
     if slices > 1:
         within, across = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1)
@@ -65,27 +69,31 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
 
 
 def row_shards(mesh: Mesh) -> int:
-    """In how many parts the rows of a batch are split."""
+    """Returns the number of parts into which the rows of a batch are split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def rows(mesh: Mesh) -> NamedSharding:
-    """The sharding of a batch: its rows over data and fsdp."""
+    """Returns the sharding of a batch: rows are split over the axes data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def shardings(mesh: Mesh, boxed):
-    """NamedShardings of a tree of (boxed) abstract parameters, or of anything that holds such, by RULES."""
+    """Returns the NamedShardings that RULES give to a tree of boxed abstract parameters.
+
+    The tree may hold other things too, such as the optimiser state.
+    """
     specs = nn.get_partition_spec(boxed)
     return nn.logical_to_mesh_sharding(specs, mesh, RULES)
 
 
 @contextlib.contextmanager
 def use(mesh: Mesh):
-    """Under it, the model's logical constraints mean this mesh."""
+    """Context in which the model's logical sharding constraints refer to this mesh."""
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(RULES):
         yield

@@ -1,6 +1,7 @@
-"""How devices and hosts share a step: `jit` over a mesh, or ("pmap") one program for each device.
+"""How devices and hosts share the work of a step: "mesh" (jit over a mesh) or "pmap" (shard_map).
 
-Both run the same functions on the same global arrays, so that batches, checkpoints and evaluations do not differ.
+Both run the same functions on the same global arrays, so they share batches, checkpoints and
+evaluations.
 """
 
 import contextlib
@@ -20,7 +21,13 @@ KINDS = ("mesh", "pmap")
 
 @dataclasses.dataclass(frozen=True)
 class Parallel:
-    """`kind` "mesh": the compiler splits the work by shardings; "pmap": parameters on every device, rows split."""
+    """How a function is compiled for the devices of a mesh.
+
+    kind "mesh": the compiler splits the work according to shardings.
+    kind "pmap": every device has all parameters and runs the function on its share of the rows.
+
+    Raises ValueError for another kind, and for "pmap" with mesh axes fsdp or tensor above 1.
+    """
 
     kind: str
     mesh: Mesh
@@ -34,16 +41,21 @@ class Parallel:
         if self.kind == "pmap" and others:
             asked = ", ".join(f"mesh.{axis}={size}" for axis, size in others.items())
             raise ValueError(
-                f'parallelism="pmap" splits rows only, not {asked}: set it to 1, or parallelism="mesh"'
+                f'parallelism="pmap" splits rows only, not {asked}:'
+                ' set it to 1, or parallelism="mesh"'
             )
 
     @property
     def axis_name(self) -> str | None:
-        """What a compiled function has to sum over itself; None where the compiler sees to it."""
+        """The axis over which a "pmap" function must sum itself; None for "mesh"."""
         return "data" if self.kind == "pmap" else None
 
     def use(self):
-        """A context under which functions are compiled: the model's logical constraints mean the mesh, if anything."""
+        """Returns the context in which functions must be compiled.
+
+        For "mesh" the model's logical sharding constraints refer to the mesh; for "pmap" they have
+        no effect.
+        """
         return mesh_lib.use(self.mesh) if self.kind == "mesh" else contextlib.nullcontext()
 
     def jit(
@@ -55,10 +67,15 @@ class Parallel:
         out_shardings: Any,
         donate=(),
     ):
-        """`function` compiled. `rows`: which arguments have rows on axis 0, `out_rows`: whether the results have.
+        """Returns `function` under jax.jit, for "pmap" with shard_map inside.
 
-        `out_shardings` places the results, `donate` numbers the arguments that are given away. For "pmap" this is what
-        jax.pmap has become, jit of shard_map, without its conversion of every array to a view of one host.
+        rows: for each argument, whether axis 0 is rows of a batch.
+        out_rows: whether axis 0 of the results is rows.
+        out_shardings: the shardings of the results.
+        donate: the indices of the arguments whose buffers are donated.
+
+        jax.pmap itself is by now a jit of shard_map. We leave out its conversion of every array
+        to a view of one host.
         """
         if self.kind == "pmap":
             function = jax.shard_map(
@@ -72,10 +89,10 @@ class Parallel:
 
     @functools.cached_property
     def shard(self) -> tuple[int, int]:
-        """(which, of how many) shares of a batch's rows this host loads.
+        """(index, count): which of `count` equal shares of a batch's rows this host loads.
 
-        Hosts whose devices hold the same rows (an axis fsdp or tensor may span hosts) load the same share. ValueError
-        where the rows of two hosts overlap in part.
+        If the devices of several hosts hold the same rows (the axis tensor may span hosts), these
+        hosts load the same share. Raises ValueError if the rows of two hosts overlap in part.
         """
         count = mesh_lib.row_shards(self.mesh)
         held: dict[int, set[int]] = {}
@@ -84,13 +101,13 @@ class Parallel:
         shares = sorted({tuple(sorted(parts)) for parts in held.values()})
         if sum(map(len, shares)) != count or len({len(share) for share in shares}) > 1:
             raise ValueError(
-                f"the mesh {dict(self.mesh.shape)} gives {len(held)} hosts rows that overlap in part: let mesh.tensor "
-                "divide the devices of a host, or be a multiple of them"
+                f"the mesh {dict(self.mesh.shape)} gives {len(held)} hosts rows that overlap in"
+                " part: let mesh.tensor divide the devices of a host, or be a multiple of them"
             )
         return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
 
     def put(self, rows: Any) -> Any:
-        """A host's share of rows (arrays on axis 0, as `data.loader` gives them for `shard`) as global arrays."""
+        """Makes global arrays of each host's share of rows (axis 0), as the loader yields them."""
         sharding, count = mesh_lib.rows(self.mesh), self.shard[1]
         return jax.tree.map(
             lambda x: jax.make_array_from_process_local_data(

@@ -1,4 +1,4 @@
-"""Stopping together: a signal to one host stops all of them at the same step."""
+"""Stops all hosts together: a signal to one host stops all of them at the same step."""
 
 import signal
 
@@ -9,11 +9,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 class Stopped(Exception):
-    """The run was asked to stop, on all hosts."""
+    """Raised on all hosts when the run was asked to stop."""
 
 
 class Stop:
-    """SIGTERM and SIGINT, to any host, ask all to stop at the same point; a second one ends that process at once."""
+    """Handles SIGTERM and SIGINT: a signal to any host asks all hosts to stop at the same step.
+
+    A second signal ends the process that receives it at once.
+    """
 
     def __init__(self):
         self.asked = False
@@ -29,15 +32,17 @@ class Stop:
         self.restore()
 
     def restore(self):
+        """Puts the earlier signal handlers back."""
         for number, handler in self._before.items():
-            # None: it was not set from Python, as the one that jax.distributed installs.
+            # None means a handler that was not set from Python, such as that of jax.distributed.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def agreed(self) -> bool:
-        """Whether to stop here: the same answer on all hosts, if all ask equally often.
+        """Returns whether to stop now. All hosts get the same answer if they call equally often.
 
-        Among several, the question goes out behind the work under way and is read when this is called the next time:
-        the devices never wait for it.
+        With several hosts, a call starts a reduction over all devices, which runs after the work
+        already dispatched, and returns the result of the reduction of the previous call. The
+        devices therefore never wait for the answer.
         """
         if jax.process_count() == 1:
             return self.asked
@@ -46,6 +51,6 @@ class Stop:
         return answer is not None and bool(answer)
 
     def check(self):
-        """Raises Stopped where `agreed` says so."""
+        """Raises Stopped if `agreed` returns True."""
         if self.agreed():
             raise Stopped

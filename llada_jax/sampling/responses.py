@@ -1,4 +1,4 @@
-"""Responses to prompts of any lengths, batch by batch."""
+"""Samples responses to prompts of different lengths, batch by batch."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -8,13 +8,13 @@ from jax.experimental import multihost_utils
 
 from llada_jax.sampling.sampler import generate
 
-_PAD_MULTIPLE = (
-    16  # prompts of different lengths are padded to a multiple of it, so that other prompts fit too
-)
+# Prompts of different lengths are padded to a multiple of this, so that other prompts can use the
+# same compiled sampler.
+_PAD_MULTIPLE = 16
 
 
 def prompt_width(lengths: Iterable[int]) -> int:
-    """How many positions `sample_responses` gives prompts of these lengths."""
+    """Returns the number of positions to which `sample_responses` pads prompts of these lengths."""
     lengths = set(lengths)
     width = max(lengths, default=0)
     return width if len(lengths) <= 1 else -(-width // _PAD_MULTIPLE) * _PAD_MULTIPLE
@@ -32,11 +32,12 @@ def sample_responses(
     progress: Callable[[int, int], object] | None = None,
     **settings,
 ) -> np.ndarray:
-    """Responses `[N, gen_length]` int32 to N prompts of any lengths, batch by batch with one compiled sampler.
+    """Returns responses `[N, gen_length]` int32 to N prompts of any lengths.
 
-    Prompts of different lengths are left-padded with pad_id to a multiple of 16, which logits_fn learns from its
-    attention_mask. `settings` go to `generate`; each batch has its own key. progress(done, N) is called after each
-    batch. ValueError as in `generate`.
+    All batches use one compiled sampler. If the prompts differ in length, they are left-padded with
+    pad_id to a multiple of 16, and the attention_mask marks the padding. `settings` are passed to
+    `generate`. Each batch gets a key of its own, derived from `key`. progress(done, N) is called
+    after each batch. Raises ValueError as `generate` does, or if batch_size is less than 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
@@ -44,9 +45,8 @@ def sample_responses(
     out = np.zeros((len(prompts), gen_length), np.int32)
 
     def collect(first, tokens):
-        if not (
-            tokens.is_fully_addressable or tokens.is_fully_replicated
-        ):  # other hosts hold some of the rows
+        # If other hosts hold some of the rows, gather them.
+        if not (tokens.is_fully_addressable or tokens.is_fully_replicated):
             tokens = multihost_utils.process_allgather(tokens, tiled=True)
         out[first : first + batch_size] = np.asarray(tokens)[: len(prompts) - first, width:]
         if progress:
@@ -57,9 +57,8 @@ def sample_responses(
         rows = np.full((batch_size, width), pad_id, np.int32)
         attended = np.ones((batch_size, width), np.int32)
         for i in range(batch_size):
-            prompt = prompts[
-                min(first + i, len(prompts) - 1)
-            ]  # the last batch is filled up with its last prompt
+            # The last batch is filled up with its last prompt.
+            prompt = prompts[min(first + i, len(prompts) - 1)]
             rows[i, width - len(prompt) :] = prompt
             attended[i, : width - len(prompt)] = 0
         tokens = generate(
@@ -71,7 +70,7 @@ def sample_responses(
             key=None if key is None else jax.random.fold_in(key, first),
             **settings,
         )
-        if running:  # read the batch before only now, so that the device never waits
+        if running:  # read the previous batch only now, so that the device never waits
             collect(*running)
         running = first, tokens
     if running:
@@ -82,7 +81,7 @@ def sample_responses(
 def trim(
     ids: Sequence[int] | np.ndarray, eos_id: int | None = None, eot_id: int | None = None
 ) -> list[int]:
-    """The ids before the first EOS or EoT."""
+    """Returns the ids before the first EOS or EoT."""
     ids = [int(i) for i in ids]
     ends = [k for k, i in enumerate(ids) if i in (eos_id, eot_id)]
     return ids[: ends[0]] if ends else ids

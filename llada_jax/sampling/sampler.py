@@ -1,9 +1,9 @@
-"""One compiled sampler for masked diffusion models: LLaDA's `generate.py`, token for token at temperature 0.
+"""The compiled sampler: LLaDA's `generate.py`, with the same tokens at temperature 0.
 
-`logits_fn(tokens [B, L], attention_mask [B, L] or None) -> logits [B, L, V]`. A model's parameters belong in the
-arguments of a `jax.tree_util.Partial`, as in `Partial(model.apply, {"params": params})`: a closure would compile them
-in as constants, and compile again for every new function. The module itself imports nothing of ours; only its command
-line opens models and tokenizers.
+`logits_fn(tokens [B, L], attention_mask [B, L] or None) -> logits [B, L, V]`. Pass a model as
+`jax.tree_util.Partial(model.apply, {"params": params})`. In a plain closure the parameters would
+be compiled in as constants, and every new closure would compile again. This file works with arrays
+only; `python -m llada_jax.sampling` opens models and tokenizers.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ REMASKING = ("low_confidence", "random")
 
 @dataclasses.dataclass(frozen=True)
 class _Settings:
-    """What the sampler is compiled for, besides shapes."""
+    """The settings of `generate`. The sampler is compiled anew for other settings or shapes."""
 
     mask_id: int
     steps: int
@@ -38,7 +38,7 @@ class _Settings:
 
 
 def check_schedule(steps: int, gen_length: int, block_length: int) -> None:
-    """ValueError for what `generate` cannot divide into blocks, and steps for each."""
+    """Raises ValueError unless gen_length divides into blocks, and steps divide over the blocks."""
     if block_length < 1 or gen_length < 1 or gen_length % block_length:
         raise ValueError(
             f"gen_length={gen_length} is not a positive multiple of block_length={block_length}"
@@ -46,8 +46,8 @@ def check_schedule(steps: int, gen_length: int, block_length: int) -> None:
     blocks = gen_length // block_length
     if steps < 1 or steps % blocks:
         raise ValueError(
-            f"steps={steps} is not a positive multiple of the {blocks} blocks of gen_length={gen_length}, "
-            f"block_length={block_length}"
+            f"steps={steps} is not a positive multiple of the {blocks} blocks of"
+            f" gen_length={gen_length}, block_length={block_length}"
         )
 
 
@@ -91,19 +91,30 @@ def generate(
     eot_id: int | None = None,
     key=None,
 ) -> Array:
-    """Tokens `[B, Lp + gen_length]` int32: the prompts `[B, Lp]`, then responses by block-wise iterative unmasking.
+    """Generates responses by block-wise iterative unmasking.
 
-    Every block of block_length masks gets its share of the `steps`; a step predicts every position and commits the
-    most confident tokens for good. attention_mask `[B, Lp]` (0 = not attended to) marks left-padding of the prompts;
-    logits_fn gets it with ones for the response, or None where none is given. temperature > 0 draws candidates by
-    Gumbel noise (logits - T log(-log u), float32), while confidence stays that of the plain logits; remasking="random"
-    replaces confidence by uniform noise; both need `key`. cfg_scale s > 0: logits un + (s + 1) (cond - un), where un
-    has the whole prompt masked, in one batch of 2B. logits_eos_inf forbids EOS. confidence_eos_eot_inf takes the
-    confidence of EOS and EoT away, of both at any temperature (the published code spares EOS at T > 0).
+    Takes prompts `[B, Lp]` and returns tokens `[B, Lp + gen_length]` int32, prompt first. The
+    response starts as masks and is filled block by block, each of block_length tokens. The `steps`
+    are divided equally over the blocks. Each step predicts every position and commits the most
+    confident tokens of the block; a committed token never changes.
 
-    Equal confidences fall as in torch on a CPU (but to the first position where k > 1 tokens of a row of 64 k or more
-    are committed at once). Compiled once for each (shapes, settings, logits_fn). ValueError for what cannot be, before
-    compiling.
+    temperature: T > 0 draws candidates with Gumbel noise: argmax of logits - T log(-log u), in
+        float32. The confidence still comes from the logits without noise. Needs `key`.
+    cfg_scale: s > 0 applies classifier-free guidance: un + (s + 1) (cond - un), where un are the
+        logits with the whole prompt masked. Both run in one batch of 2B.
+    remasking: "low_confidence" takes the candidate's probability as its confidence; "random" takes
+        uniform noise and needs `key`.
+    attention_mask: `[B, Lp]`, 0 = not attended to; marks the left-padding of prompts. logits_fn
+        gets it extended by ones over the response, or None if it is None.
+    logits_eos_inf: forbids EOS.
+    confidence_eos_eot_inf: gives EOS and EoT no confidence, so that they are committed last. This
+        applies to both at any temperature; the published code exempts EOS at T > 0.
+
+    Ties between confidences are broken as in torch on a CPU, with one exception: if k > 1 tokens
+    are committed at once in a row of 64 k or more positions, the first positions win.
+
+    The sampler is compiled once for each (shapes, settings, logits_fn). Raises ValueError for
+    settings that are invalid or contradict each other, before it compiles.
     Source: generate.py of LLaDA, spec/llada.md "Generation".
     """
     settings = _Settings(
@@ -114,14 +125,16 @@ def generate(
     prompts = jnp.asarray(prompts)
     if prompts.ndim != 2 or not jnp.issubdtype(prompts.dtype, jnp.integer):
         raise ValueError(
-            f"prompts are {prompts.dtype}{list(prompts.shape)}: give token ids of shape [batch, length]"
+            f"prompts are {prompts.dtype}{list(prompts.shape)}:"
+            " give token ids of shape [batch, length]"
         )
     if attention_mask is not None:
         attention_mask = jnp.asarray(attention_mask)
         if attention_mask.shape != prompts.shape:
             raise ValueError(
-                f"attention_mask has shape {list(attention_mask.shape)}, the prompts {list(prompts.shape)}: it has one "
-                "entry for each prompt token, and is extended over the response"
+                f"attention_mask has shape {list(attention_mask.shape)}, the prompts"
+                f" {list(prompts.shape)}: it has one entry for each prompt token,"
+                " and is extended over the response"
             )
     if not isinstance(logits_fn, Partial):
         logits_fn = Partial(logits_fn)
@@ -144,7 +157,8 @@ def _generate(
         )
 
     blocks = s.gen_length // s.block_length
-    # In the published schedule steps beyond one per token commit nothing: they need not be computed.
+    # With more steps than tokens in a block, the published schedule has steps that commit nothing.
+    # We skip them.
     block_steps = min(s.steps // blocks, s.block_length)
     least, extra = divmod(s.block_length, block_steps)
 
@@ -177,7 +191,7 @@ def _generate(
             confidence = jax.random.uniform(order_key, tokens.shape)
         else:
             if s.confidence_eos_eot_inf:
-                # As published: out of the softmax, so that the other tokens share their probability.
+                # As published: take them out of the softmax, so the other tokens get their share.
                 for end_id in {s.eos_id, s.eot_id} - {None}:
                     logits = _forbid(logits, end_id)
             peak = jnp.max(logits, -1)
@@ -186,7 +200,8 @@ def _generate(
                 jnp.exp(logits - peak[..., None]), -1
             )
 
-        # A mask of the prompt counts from the first block on, as published. A predicted mask token stays a mask.
+        # As published, a mask token in the prompt can be filled from the first block on. If the
+        # candidate is the mask token, the position stays masked.
         within = jnp.arange(length) < start + (block + 1) * s.block_length
         confidence = jnp.where((tokens == s.mask_id) & within, confidence, -jnp.inf)
         chosen = most_confident(confidence, least + (step < extra), least + (extra > 0))
@@ -196,19 +211,20 @@ def _generate(
 
 
 def _forbid(logits, token_id: int):
-    return jnp.where(
-        jnp.arange(logits.shape[-1]) == token_id, -jnp.inf, logits
-    )  # fuses, unlike an indexed update
+    # Unlike an indexed update, `where` can be fused with other operations.
+    return jnp.where(jnp.arange(logits.shape[-1]) == token_id, -jnp.inf, logits)
 
 
 def _check_vocabulary(logits, tokens, s: _Settings) -> None:
     if logits.ndim != 3 or logits.shape[:2] != tokens.shape:
         raise ValueError(
-            f"logits_fn gave logits of shape {list(logits.shape)} for tokens of {list(tokens.shape)}"
+            f"logits_fn gave logits of shape {list(logits.shape)}"
+            f" for tokens of {list(tokens.shape)}"
         )
     for name in ("mask_id", "eos_id", "eot_id"):
         value = getattr(s, name)
         if value is not None and not 0 <= value < logits.shape[-1]:
             raise ValueError(
-                f"{name}={value} is not in the vocabulary of {logits.shape[-1]} that logits_fn predicts"
+                f"{name}={value} is not in the vocabulary of {logits.shape[-1]}"
+                " that logits_fn predicts"
             )

@@ -1,4 +1,4 @@
-"""The k most confident positions, with ties as in torch.topk on a CPU."""
+"""Finds the k most confident positions, and breaks ties as torch.topk does on a CPU."""
 
 import jax
 import jax.numpy as jnp
@@ -6,16 +6,20 @@ from jaxtyping import Array, Bool, Float
 
 
 def most_confident(confidence: Float[Array, "b l"], k, most: int) -> Bool[Array, "b l"]:
-    """The k (of at most `most`) highest of each row; ties at the edge fall as in `torch.topk` on a CPU.
+    """Marks the k highest confidences of each row, with k <= `most`.
 
-    They are common, since without confidence all EOS and EoT are equal, and decide what the published code generates.
+    Among equal values at the edge it chooses those that `torch.topk` would choose on a CPU. Such
+    ties are common: with confidence_eos_eot_inf all EOS and EoT candidates have the same
+    confidence, so ties decide what the published code generates. There is one exception: if k > 1
+    and 64 k <= l, the first positions win.
     """
     batch, length = confidence.shape
     values, best = jax.lax.top_k(confidence, min(most + 1, length))
     rows = jnp.arange(batch)[:, None]
     chosen = jnp.zeros(confidence.shape, bool).at[rows, best].set(jnp.arange(best.shape[1]) < k)
     tied = jnp.any(jnp.take(values, k - 1, axis=1) == jnp.take(values, k, axis=1))
-    # torch keeps a heap where 64 k <= length: for k = 1 its first comes first, as in top_k.
+    # If 64 k <= length, torch uses a heap instead of std::nth_element. For k = 1 the heap prefers
+    # the first position, as top_k does.
     return jax.lax.cond(
         tied & (64 * k > length),
         lambda: jax.vmap(_first_of_nth_element, (0, None))(confidence, k),
@@ -24,17 +28,18 @@ def most_confident(confidence: Float[Array, "b l"], k, most: int) -> Bool[Array,
 
 
 def _first_of_nth_element(values: Float[Array, " l"], k) -> Bool[Array, " l"]:
-    """Which k of the values std::nth_element of libstdc++ brings to the front, the highest first.
+    """Marks the k values that libstdc++'s std::nth_element moves to the front (highest first).
 
-    The same swaps, but each Hoare partition is done at once: the i-th element from the left that may not stay there
-    changes places with the i-th from the right, as long as they have not met.
+    It makes the same swaps as libstdc++, but all swaps of one Hoare partition at once. The i-th
+    element from the left that has to move right is swapped with the i-th element from the right
+    that has to move left, as long as the first is left of the second.
     """
     length = values.shape[0]
     index = jnp.arange(length)
 
     def partition(carry):
         order, first, last = carry
-        # The median of three goes to the front and is the pivot.
+        # The median of three elements is the pivot. It is moved to the front.
         a, b, c = first + 1, first + (last - first) // 2, last - 1
         va, vb, vc = (values[order[i]] for i in (a, b, c))
         median = jnp.where(
@@ -48,22 +53,21 @@ def _first_of_nth_element(values: Float[Array, " l"], k) -> Bool[Array, " l"]:
         from_left, from_right = inside & (v <= pivot), inside & (v >= pivot)
         rank_left = jnp.where(from_left, jnp.cumsum(from_left) - 1, length)
         rank_right = jnp.where(from_right, jnp.sum(from_right) - jnp.cumsum(from_right), length)
-        left = (
-            jnp.full(length + 1, length).at[rank_left].set(index)[:length]
-        )  # position of the i-th
+        # left[i] is the position of the i-th element from the left that has to move right.
+        left = jnp.full(length + 1, length).at[rank_left].set(index)[:length]
         right = jnp.full(length + 1, -1).at[rank_right].set(index)[:length]
         swapped = left < right
         swaps = jnp.sum(swapped)
         cut = jnp.minimum(left[swaps], jnp.where(swaps > 0, right[swaps - 1], length))
         left, right = jnp.where(swapped, left, length), jnp.where(swapped, right, length)
         source = jnp.arange(length + 1).at[left].set(right).at[right].set(left)[:length]
-        keep_right = cut < k  # the element of rank k lies right of the cut
+        keep_right = cut < k  # the k-th element lies right of the cut: go on with that part
         return order[source], jnp.where(keep_right, cut, first), jnp.where(keep_right, last, cut)
 
     order, first, last = jax.lax.while_loop(
         lambda c: c[2] - c[1] > 3, partition, (index, 0, length)
     )
-    # What is left, at most three, is sorted by insertion, which is stable.
+    # libstdc++ sorts the last part, at most three elements, by insertion, which is stable.
     left_over = jnp.where(index < first, jnp.inf, jnp.where(index < last, values[order], -jnp.inf))
     order = order[jnp.argsort(-left_over, stable=True)]
     return jnp.zeros(length, bool).at[order].set(index < k)

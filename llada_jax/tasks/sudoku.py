@@ -1,9 +1,12 @@
-"""4x4 Sudoku, the embedded task: unique-solution puzzles without end, and a verifier by rules.
+"""4x4 Sudoku, the built-in task: a generator of puzzles with a unique solution, and a verifier.
 
-A puzzle is one line of 16 digits, row by row, 0 for an empty cell; its solution is a line of 16 digits 1 to 4, each
-once in every row, column and 2x2 box. As a data source: `python:llada_jax.sudoku:records?count=20000&seed=0`.
+A puzzle is a line of 16 digits, row by row, with 0 for an empty cell. Its solution is a line of 16
+digits 1 to 4, in which every row, column and 2x2 box has each digit once. As a data source it is
+written `python:llada_jax.tasks.sudoku:records?count=20000&seed=0`. The command
 
-    python -m llada_jax.sudoku --count=20000 --seed=0 --split=train --out=sudoku.jsonl
+    python -m llada_jax.tasks.sudoku --count=20000 --seed=0 --split=train --out=sudoku.jsonl
+
+writes puzzles to a file.
 """
 
 import argparse
@@ -21,20 +24,19 @@ from etils import epath
 SPLITS = ("train", "heldout")
 _ROWS = np.arange(16).reshape(4, 4)
 _BOXES = _ROWS.reshape(2, 2, 2, 2).swapaxes(1, 2).reshape(4, 4)
-UNITS = np.concatenate(
-    [_ROWS, _ROWS.T, _BOXES]
-)  # the 12 groups of 4 cells that hold 1 to 4 once each
+UNITS = np.concatenate([_ROWS, _ROWS.T, _BOXES])  # the 12 groups of 4 cells: each holds 1 to 4
 FEWEST_CLUES = 4  # no 4x4 puzzle with fewer has a unique solution
-_HELDOUT_SHARE = 8  # one puzzle in so many is held out
-_CANDIDATES = 4096  # puzzles tried at once
-_BARREN_BATCHES = 50  # so many batches without a new puzzle: there are no more
+_HELDOUT_SHARE = 8  # one puzzle in 8 is held out
+_CANDIDATES = 4096  # random puzzles that are tried in one batch
+_BARREN_BATCHES = 50  # after this many batches without a new puzzle, assume there are no more
 
 
 @functools.cache
 def grids() -> np.ndarray:
-    """All 288 complete grids, `[288, 16]` int8 in lexicographic order."""
+    """Returns all 288 complete grids, `[288, 16]` int8, in lexicographic order."""
     rows = list(itertools.permutations((1, 2, 3, 4)))
-    # Two rows fill two boxes when their left halves are disjoint; of pairs of such bands keep those with valid columns.
+    # A band is two rows that fill two boxes: their left halves must be disjoint. A grid is a pair
+    # of bands with valid columns.
     bands = np.array([a + b for a in rows for b in rows if not set(a[:2]) & set(b[:2])], np.int8)
     both = np.concatenate(
         [np.repeat(bands, len(bands), 0), np.tile(bands, (len(bands), 1))], axis=1
@@ -44,45 +46,47 @@ def grids() -> np.ndarray:
 
 @functools.cache
 def _agreement() -> np.ndarray:
-    """Bit c of entry [g, h] says that grids g and h have the same digit in cell c; `[288, 288]` uint16."""
+    """Returns `[288, 288]` uint16; bit c of entry [g, h] is set if grids g, h agree in cell c."""
     same = grids()[:, None] == grids()[None]
     return (same * (1 << np.arange(16))).sum(-1).astype(np.uint16)
 
 
 def _clues(puzzle: object) -> np.ndarray:
-    """The 16 cells of a puzzle as digits, 0 where empty; ValueError for anything that is not a puzzle in one line."""
+    """Returns a puzzle's 16 digits, 0 for empty cells. Raises ValueError if it is no puzzle."""
     text = puzzle.strip().replace(".", "0") if isinstance(puzzle, str) else ""
     if len(text) != 16 or set(text) - set("01234"):
         raise ValueError(
-            f"not a 4x4 Sudoku puzzle: {puzzle!r}; write 16 digits 0 to 4 in one line, 0 or . for empty"
+            f"not a 4x4 Sudoku puzzle: {puzzle!r};"
+            " write 16 digits 0 to 4 in one line, 0 or . for empty"
         )
     return np.array([int(c) for c in text])
 
 
 def count_solutions(puzzle: str) -> int:
-    """How many complete grids agree with the puzzle's clues; ValueError if it is no puzzle."""
+    """Counts the complete grids that agree with the clues. Raises ValueError if it is no puzzle."""
     clues = _clues(puzzle)
     return int(((grids() == clues) | (clues == 0)).all(1).sum())
 
 
 def split_of(puzzle: str) -> str:
-    """The split a puzzle belongs to, "train" or "heldout", by a stable hash, so that no seed mixes them."""
+    """Returns the split of a puzzle, "train" or "heldout".
+
+    A hash of the puzzle decides, so a puzzle is in the same split for every seed.
+    """
     return SPLITS[zlib.crc32(puzzle.encode()) % _HELDOUT_SHARE == 0]
 
 
 def _puzzles(seed: int, clues: int, split: str) -> Iterator[dict]:
-    """Distinct records with so many clues, in random order, until (practically) all have been seen."""
+    """Yields distinct records with `clues` clues, in random order, until almost none is left."""
     rng = np.random.default_rng((seed, clues))
     seen, barren = set(), 0
     while barren < _BARREN_BATCHES:
         solution = rng.integers(len(grids()), size=_CANDIDATES)
-        shown = (
-            rng.random((_CANDIDATES, 16)).argsort(axis=1) < clues
-        )  # a random permutation's `clues` smallest
+        # Show the cells at which a random permutation is below `clues`.
+        shown = rng.random((_CANDIDATES, 16)).argsort(axis=1) < clues
         bits = (shown * (1 << np.arange(16))).sum(-1).astype(np.uint16)[:, None]
-        unique = ((_agreement()[solution] & bits) == bits).sum(
-            1
-        ) == 1  # only the solution agrees on all clues
+        # The puzzle is unique if no grid but the solution agrees with all clues.
+        unique = ((_agreement()[solution] & bits) == bits).sum(1) == 1
         barren += 1
         for grid, show in zip(grids()[solution[unique]], shown[unique], strict=True):
             prompt = "".join(map(str, grid * show))
@@ -95,11 +99,16 @@ def _puzzles(seed: int, clues: int, split: str) -> Iterator[dict]:
 def records(
     count: int, seed: int = 0, split: str = "train", clues_min: int = 4, clues_max: int = 8
 ) -> Iterator[dict[str, str]]:
-    """Distinct puzzles with a unique solution, `{"prompt", "response"}`, 16 digits each, the same for the same seed.
+    """Yields `count` distinct puzzles with a unique solution.
 
-    Clue counts are spread evenly over clues_min to clues_max (both included; fewer clues are harder) as long as
-    puzzles of each last. "train" and "heldout" (one puzzle in eight) share no puzzle, whatever the seeds. A smaller
-    count gives the beginning of a larger one. ValueError for a bad argument, or when there are no more puzzles.
+    A record is {"prompt": puzzle, "response": solution}, 16 digits each. The same seed gives the
+    same puzzles, and a smaller count gives the first puzzles of a larger one.
+
+    The number of clues is drawn uniformly from clues_min to clues_max (inclusive); fewer clues are
+    harder. A number whose puzzles are used up is no longer drawn. The splits "train" and "heldout"
+    (one puzzle in eight) share no puzzle, whatever the seeds.
+
+    Raises ValueError for an invalid argument, or if there are fewer than `count` such puzzles.
     """
     for name, value, least in (
         ("count", count, 1),
@@ -114,7 +123,8 @@ def records(
         raise ValueError(f"split={split!r}: Sudoku has the splits {', '.join(SPLITS)}")
     if not FEWEST_CLUES <= clues_min <= clues_max <= 16:
         raise ValueError(
-            f"clues_min={clues_min!r}, clues_max={clues_max!r}: needs {FEWEST_CLUES} <= clues_min <= clues_max <= 16, "
+            f"clues_min={clues_min!r}, clues_max={clues_max!r}:"
+            f" needs {FEWEST_CLUES} <= clues_min <= clues_max <= 16, "
             f"since no puzzle with fewer than {FEWEST_CLUES} clues has a unique solution"
         )
     return _draw(count, seed, split, list(range(clues_min, clues_max + 1)))
@@ -140,9 +150,10 @@ def _draw(count: int, seed: int, split: str, clues: list[int]) -> Iterator[dict[
 
 
 def score(record: dict, response: str) -> float:
-    """1.0 if the response is a valid completion of the puzzle `record["prompt"]`, else 0.0; judged by the rules alone.
+    """Returns 1.0 if the response solves the puzzle `record["prompt"]`, else 0.0.
 
-    White space around the response is ignored. ValueError if the prompt is no puzzle.
+    It checks the rules and the clues, not the reference solution. White space around the response
+    is ignored. Raises ValueError if the prompt is no puzzle.
     """
     clues = _clues(record.get("prompt"))
     text = response.strip()
@@ -154,6 +165,7 @@ def score(record: dict, response: str) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Runs the command line: writes puzzles with their solutions to a file."""
     parser = argparse.ArgumentParser(
         prog="python -m llada_jax.sudoku",
         description="Writes 4x4 Sudoku puzzles with their solutions as JSON lines.",

@@ -1,4 +1,4 @@
-"""Learning-rate schedule, weight-decay mask, optimiser."""
+"""Learning-rate schedule, weight-decay mask and optimiser."""
 
 import dataclasses
 
@@ -44,16 +44,21 @@ def make_schedule(
     end_fraction: float = 0.0,
     kind: str = "cosine",
 ) -> optax.Schedule:
-    """Linear warm-up from 0 to `peak` in `warmup_steps`, then down to `end_fraction * peak` at `num_steps`.
+    """Returns a schedule: linear warm-up from 0 to `peak` in `warmup_steps`, then decay.
 
-    "cosine" goes down at once (LLaDA 1.5); "constant" stays at the peak and goes down linearly in the last tenth of the
-    steps (LLaDA's SFT). Raises ValueError where the warm-up does not fit.
+    kind "cosine": cosine decay from the end of the warm-up on (LLaDA 1.5).
+    kind "constant": stays at the peak, and decays linearly in the last tenth of the steps (LLaDA's
+        SFT).
+
+    Both reach `end_fraction * peak` at `num_steps`. Raises ValueError for another kind, or if the
+    warm-up is not shorter than the run.
     """
     if kind not in SCHEDULES:
         raise ValueError(f"schedule={kind!r} is not one of {', '.join(SCHEDULES)}")
     if not 0 <= warmup_steps < num_steps:
         raise ValueError(
-            f"warmup_steps={warmup_steps} must be at least 0 and below the {num_steps} steps of the run"
+            f"warmup_steps={warmup_steps} must be at least 0 and below the {num_steps} steps of"
+            " the run"
         )
     if kind == "cosine":
         return optax.warmup_cosine_decay_schedule(
@@ -71,7 +76,7 @@ def make_schedule(
 
 
 def decay_mask(params):
-    """True where weight decay applies: on every matrix, not on the scales of the norms."""
+    """Returns a tree that is True at parameters with weight decay: all but the norm scales."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: not any(getattr(part, "key", None) == "scale" for part in path), params
     )
@@ -86,7 +91,7 @@ def make_optimizer(
     weight_decay: float = 0.01,
     clip_norm: float = 1.0,
 ) -> optax.GradientTransformation:
-    """AdamW after clipping the global gradient norm (`clip_norm` 0: no clipping)."""
+    """Returns AdamW with clipping of the global gradient norm; `clip_norm` 0 turns it off."""
     clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
     return optax.chain(
         clip, optax.adamw(schedule, b1, b2, eps, weight_decay=weight_decay, mask=decay_mask)

@@ -1,7 +1,8 @@
-"""The cached reference policy: its terms, computed once with the masks that training will draw, stored by row.
+"""The reference cache: ELBO terms of the reference policy, computed once and stored by row.
 
-Noise is a function of seed, stream, row and epoch, so the masks of every future step are known now. A training that
-reads the terms from here holds no reference parameters and takes the same steps to the last bit of the masks.
+Noise is a function of seed, stream, row and epoch, so the masks of all future steps are known. The
+cached terms belong to exactly these masks. A run that reads them needs no reference parameters, and
+trains on exactly the same masks as a run that computes the terms itself.
 """
 
 import hashlib
@@ -17,10 +18,14 @@ from llada_jax.batch import Batch
 
 
 class ReferenceCache:
-    """Terms of the reference policy [n, s] for each row and epoch of one dataset, in files under `directory`.
+    """Terms [n, s] of the reference policy for each row and epoch of one dataset, kept in files.
 
-    `identity` is everything the terms depend on (fingerprints of reference and data, noise settings, model compute
-    settings): another identity has other files, so stale terms are never met.
+    directory: the folder for the files.
+    identity: everything that the terms depend on: fingerprints of reference and data, noise
+        settings, compute settings of the model. Each identity has its own files, so the cache never
+        returns stale terms.
+    num_rows, epochs: rows of the dataset, and passes over it.
+    n, segments: draws, and the largest number of segments in a row.
     """
 
     def __init__(
@@ -48,12 +53,16 @@ class ReferenceCache:
         progress: Callable[[int, int], object] | None = None,
         block: int = 64,
     ):
-        """Computes what is not on disk yet, `block` batches a file, so that an interrupted run continues.
+        """Reads the terms that are on disk and computes the others.
 
-        `batches_of(epoch, start)` yields this host's share of the dataset's padded batches in order from row `start`;
-        `terms_of(batch)` gives the row_ids [r] and terms [r, n, s] of the whole batch, all hosts' rows in any order.
-        `progress(rows done, rows in all)` is called after each batch. Every host gets all terms; the first one reads
-        and writes the files.
+        terms_of: terms_of(batch) returns the row_ids [r] and terms [r, n, s] of the whole batch,
+            with the rows of all hosts in any order.
+        batches_of: batches_of(epoch, start) yields this host's share of the dataset's padded
+            batches, in order, from row `start` on.
+        progress: progress(rows done, rows in all) is called after each batch.
+        block: number of batches in a file. An interrupted run continues after the last file.
+
+        Every host gets all terms. Only the first host reads and writes the files.
         """
         num_rows = self._terms.shape[1]
         is_first = jax.process_index() == 0
@@ -83,7 +92,10 @@ class ReferenceCache:
                         _write(path, part)
 
     def __getitem__(self, batch: Batch) -> np.ndarray:
-        """The terms [r, n, s] of a batch; 0 for rows of padding. ValueError for a row that was never computed."""
+        """Returns the terms [r, n, s] of a batch, 0 for rows of padding.
+
+        Raises ValueError for a row or an epoch whose terms were not computed.
+        """
         known = batch.row_ids >= 0
         terms = np.zeros((len(known), *self._terms.shape[2:]), np.float32)
         try:
@@ -92,13 +104,14 @@ class ReferenceCache:
             terms[known] = np.nan
         if np.isnan(terms).any():
             raise ValueError(
-                f"rows {batch.row_ids.tolist()} of epochs {batch.epochs.tolist()} are not in the cache"
+                f"rows {batch.row_ids.tolist()} of epochs {batch.epochs.tolist()} are not in the"
+                " cache"
             )
         return terms
 
 
 def _of_first_host(known: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray | None:
-    """What the first host read, on every host."""
+    """Returns on every host what the first host read."""
     if jax.process_count() == 1:
         return known
     if not multihost_utils.broadcast_one_to_all(np.asarray(known is not None)):
@@ -109,7 +122,11 @@ def _of_first_host(known: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarr
 
 
 def _read(path: epath.Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """A whole file of finite terms, or None: what is torn or of another shape is computed again."""
+    """Reads a file of terms.
+
+    Returns None, so that the terms are computed again, if the file is missing, is damaged, has
+    another shape or holds values that are not finite.
+    """
     if not path.exists():
         return None
     with path.open("rb") as f:

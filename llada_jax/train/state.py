@@ -1,4 +1,4 @@
-"""TrainState and its sharded initialisation."""
+"""The training state and its sharded initialisation."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from llada_jax.parallel import mesh as mesh_lib
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a step changes and a checkpoint keeps."""
+    """What a training step changes and a checkpoint stores: step, parameters, optimiser state."""
 
     step: Int[Array, ""] | Any
     params: Any
@@ -48,7 +48,10 @@ def abstract_state(model: nn.Module, tx: optax.GradientTransformation, mesh: Mes
 def init_state(
     model: nn.Module, tx: optax.GradientTransformation, mesh: Mesh, key: Key[Array, ""], params=None
 ):
-    """A new state, each parameter made where it will live; `params` (host or device arrays) replace random ones."""
+    """Makes a new state, with each parameter on the devices of its sharding.
+
+    `params` (host or device arrays) are used instead of random parameters.
+    """
     abstract = abstract_state(model, tx, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     if params is None:
