@@ -1,10 +1,14 @@
-"""Family: what the library asks of an architecture."""
+"""What the library asks of an architecture: a table of its parameters."""
 
 from typing import NamedTuple
 
 
 class Row(NamedTuple):
-    """One parameter: where it is in our tree, its published name ({i}: the layer), whether its matrix is transposed."""
+    """One parameter in our tree and in the published checkpoint.
+
+    `path` is its place in our tree, and `name` its published name, where {i} is the layer.
+    `transpose` says whether the published matrix is the transpose of ours.
+    """
 
     path: str
     name: str
