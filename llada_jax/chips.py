@@ -38,9 +38,9 @@ _H200 = Chip("H200", 989e12, 141 * _GIB, 4800e9, 450e9)
 #
 # Sources: NVIDIA's data sheets, and the page of each TPU version under
 # docs.cloud.google.com/tpu/docs, which counts both directions of the interconnect. The data-center
-# network has 50 Gbit/s per v5p chip (docs/v5p). It has 2 x 100 Gbit/s for the 8 chips of a v5e
-# host and 4 x 200 Gbit/s for those of a v6e host (docs/v6e, which gives 6.4 and 25.6 Tbit/s for
-# the 256 chips of a pod). The page of v4 does not give it.
+# network gives each v5p chip 50 Gbit/s (docs/v5p). The 8 chips of a v5e host share 2 x 100 Gbit/s,
+# and the 8 chips of a v6e host share 4 x 200 Gbit/s (docs/v6e, which gives 6.4 and 25.6 Tbit/s for
+# the 256 chips of a pod). The page of v4 does not give this rate.
 CHIPS = {
     "TPU v4": _V4,
     "v4": _V4,

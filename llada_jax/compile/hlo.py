@@ -136,7 +136,7 @@ class Program:
 
     @functools.cached_property
     def times(self) -> dict[str, int]:
-        """How often each computation runs in one call of the program, without those in fusions."""
+        """How often each computation outside fusions runs in one call of the program."""
         times: dict[str, int] = collections.defaultdict(int)
 
         def visit(name: str, count: int):
@@ -180,8 +180,8 @@ class Program:
     def collectives(self) -> Iterator[tuple[str, Instruction, int]]:
         """(kind, instruction, how often it runs) of every collective.
 
-        A collective that is split into start and done is returned once. The TPU compiler fuses an
-        all-reduce with the slice that each device keeps; this counts as a reduce-scatter.
+        A collective that is split into start and done is returned once. The TPU compiler may fuse
+        an all-reduce with the slice that each device keeps. This is returned as a reduce-scatter.
         """
         for name, count in self.times.items():
             seen = set()
@@ -235,7 +235,7 @@ class Program:
 
         XLA compiles the program of one slice. Traffic between slices does not appear as a
         collective with replica groups; it appears as `send` instructions that pass the whole array
-        to the runtime. The bytes are those of rings over `slices` slices.
+        to the runtime. The bytes are computed for rings over `slices` slices.
 
         Raises ValueError for a type of transfer that is not known.
         """

@@ -1,1 +1,1 @@
-"""Architectures, one a file."""
+"""Architectures, one in each file, and the parts that they share."""

@@ -20,7 +20,11 @@ def cudnn_limit(platform: str, length: int, head_size: int, dtype) -> str | None
 
 
 def cudnn_attend(query, key, value, queries_of, keys_of):
-    """Attention [rows, L, heads, size]; a query attends to the keys with its id (None: to all)."""
+    """Attention for query, key and value [rows, L, heads, size].
+
+    A query attends to the keys with its own id. The ids `queries_of` and `keys_of` are [rows, L];
+    None means that every query attends to all keys of its row.
+    """
     if keys_of is None:
         return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
     return cudnn_masked(query, key, value, queries_of, keys_of)

@@ -6,8 +6,8 @@ from typing import NamedTuple
 class Row(NamedTuple):
     """One parameter in our tree and in the published checkpoint.
 
-    `path` is its place in our tree, and `name` its published name, where {i} is the layer.
-    `transpose` says whether the published matrix is the transpose of ours.
+    `path` is its place in our tree. `name` is its published name, where {i} is the layer.
+    `transpose` is True if the published matrix is the transpose of ours.
     """
 
     path: str

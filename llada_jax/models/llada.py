@@ -12,7 +12,7 @@ from llada_jax.models.family import Row
 from llada_jax.models.layers import REMAT, Linear, RMSNorm, constrain, rotate
 from llada_jax.models.logps import chunked_logps, head_logits
 
-# The values that the family uses (spec: Model). Any other value in a config.json is another model.
+# The values that the family uses (spec: Model). Another value would need another computation.
 _FIXED = {
     "activation_type": "silu",
     "alibi": False,
@@ -227,8 +227,8 @@ class LLaDA(nn.Module):
         )
         block = Block
         if self.remat != "none":
-            # prevent_cse stops XLA from merging the recomputation with the forward pass. With one
-            # layer in each iteration the loop of nn.scan already prevents that.
+            # prevent_cse stops XLA from merging the recomputation with the forward pass. If an
+            # iteration has one layer, the loop of nn.scan already stops that.
             block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=self.unroll > 1)
         self.blocks = nn.scan(
             block,
@@ -314,7 +314,8 @@ def flops_per_token(config: ModelConfig, length: int) -> int:
 
     Each weight that multiplies costs 2 (all weights but the embedding and the norms). Each layer
     costs 4 x length x d_model more, for the attention scores and the weighted sum of the values.
-    A backward pass costs twice as much as a forward pass: 51.4 GFLOP together for LLaDA 8B at 4096.
+    A backward pass costs twice as much as a forward pass. Both together cost 51.4 GFLOP per token
+    for LLaDA 8B at 4096.
     """
     c = config
     weights = (

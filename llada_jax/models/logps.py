@@ -24,8 +24,8 @@ def chunked_logps(
     """The log-probability of each target: log softmax(hidden @ head)[target], in nats.
 
     It holds the logits of `chunk` vocabulary entries at a time. The backward pass recomputes the
-    logits of each chunk. The loop is over the vocabulary, not over positions: so a device gathers
-    only one chunk of a sharded head, and of its gradient, at a time.
+    logits of each chunk. The loop is over the vocabulary, not over positions. So if the head is
+    sharded, a device holds only one whole chunk of it, and of its gradient, at a time.
     """
     vocabulary = head.shape[1]
     # If the vocabulary is sharded, a chunk takes an equal part of every shard.

@@ -32,9 +32,11 @@ def splash_limit(platform: str, length: int, head_size: int, dtype) -> str | Non
 
 
 def splash_attend(query, key, value, queries_of, keys_of, *, platform: str, kind: str):
-    """Attention [rows, L, heads, size]; a query attends to the keys with its id (None: to all).
+    """Attention for query, key and value [rows, L, heads, size].
 
-    Each device computes its own rows and heads (shard_map), because the kernel knows no mesh.
+    A query attends to the keys with its own id. The ids `queries_of` and `keys_of` are [rows, L];
+    None means that every query attends to all keys of its row. Each device computes its own rows
+    and heads (shard_map), because the kernel knows no mesh.
     """
 
     def local(query, key, value, queries_of, keys_of):
@@ -57,7 +59,10 @@ def splash_attend(query, key, value, queries_of, keys_of, *, platform: str, kind
         padding = -rows % math.prod(shape[axis] for axis in ids[0])
         # check_vma=False: the outputs of the kernel do not say over which mesh axes they vary.
         local = jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)
-    fill = lambda x: None if x is None else jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1))  # noqa: E731
+
+    def fill(x):
+        return None if x is None else jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1))
+
     return local(*(fill(x) for x in (query, key, value, queries_of, keys_of)))[:rows]
 
 

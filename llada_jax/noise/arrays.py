@@ -29,7 +29,7 @@ class Draws:
     masked: Bool[Array, "n l"]
     # 1 / P(the token is masked | the time of the draw): L / l, or 1 / p.
     inverse: Float32[Array, "n l"]
-    # The weight of the time of the draw. 1, unless some times are drawn more often than others.
+    # The weight of the time of the draw; 1 if the times are uniform.
     ratio: Float32[Array, "n l"]
     # E[ratio | the other times].
     expected: Float32[Array, "n l"]

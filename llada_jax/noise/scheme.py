@@ -24,7 +24,8 @@ class Scheme:
 
     `share_in_pair` says what the draws of a winner (segment 2k + 1) and of its loser (2k + 2) have
     in common. "nothing" is the paper's choice. "times" shares the times. "masks" shares times and
-    masks: the k-th response tokens of both have the same random score.
+    masks: the k-th response tokens of both have the same random score, so the masks are alike
+    token by token from the start of the responses.
 
     Raises ValueError if a name is unknown or if two settings do not fit together.
     """

@@ -33,7 +33,10 @@ def leave_one_out_weights(draws: Draws, pseudo_count: float) -> Float32[Array, "
     E[ratio_k] = expected_k, so the contributions of a_i have mean 0. Collecting the terms by
     log-probability gives token weights that depend on times and masks alone.
     """
-    others = lambda x: jnp.matmul(draws.independent, x, precision=jax.lax.Precision.HIGHEST)  # noqa: E731
+
+    def others(x):
+        return jnp.matmul(draws.independent, x, precision=jax.lax.Precision.HIGHEST)
+
     # [k, i]: has mean 0 given the draws that are independent of k.
     residual = draws.expected - draws.ratio * draws.inverse * draws.masked
     counts = others(draws.masked.astype(jnp.float32))
@@ -49,7 +52,7 @@ def leave_one_out_weights(draws: Draws, pseudo_count: float) -> Float32[Array, "
 
 
 def balanced_weights(draws: Draws, pseudo_count: float) -> Float32[Array, "n l"]:
-    """Moves weight between the tokens of each draw, so that the total weights of tokens are alike.
+    """Moves weight between the tokens of each draw, so that tokens get nearly equal total weights.
 
     These are the best weights w for the model log p_i = a_i + noise. They minimise
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 @flax.struct.dataclass
 class Decomposition:
-    """Lemma 5: the variance of one term is V_t + V_yt; each with its standard error.
+    """V_t and V_yt with standard errors; the variance of one term is V_t + V_yt (Lemma 5).
 
     V_t is the variance of the term's mean given the time. V_yt is the mean of the term's variance
     given the time.
@@ -34,7 +34,7 @@ def decompose(terms: Float[Array, "t y *b"]) -> Decomposition:
     within, means = terms.var(1, ddof=1), terms.mean(1)
     deviation = jnp.square(means - means.mean(0))
     between = deviation.sum(0) / (n_t - 1)
-    # Leave out one time: the variance between, and within, the other times.
+    # Leave out one time: the variances between and within the remaining times.
     between_but = (deviation.sum(0) - n_t / (n_t - 1) * deviation) / (n_t - 2)
     within_but = (within.sum(0) - within) / (n_t - 1)
 
@@ -61,7 +61,7 @@ def decompose_norms(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The traces of V_t and V_yt [p] of nested gradients, from squared norms of p parts.
 
-    The estimates are those of `decompose`. Each gradient is the sum of k independent summands,
+    The estimators are as in `decompose`. Each gradient is the sum of k independent summands,
     whose variances add up. The squared norms are, for each summand:
 
     - `squares` [t, y, k, p] of each draw,

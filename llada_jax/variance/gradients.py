@@ -30,7 +30,7 @@ class Moments:
         return cls(total, jnp.zeros(len(parts)), jnp.zeros(()))
 
     def add(self, grads: Any, parts: tuple[str, ...]) -> "Moments":
-        """The moments with one gradient more."""
+        """Returns the moments with one more gradient."""
         total = jax.tree.map(lambda a, g: a + g.astype(jnp.float32), self.total, grads)
         return Moments(total, self.squares + squared_norms(grads, parts), self.count + 1)
 

@@ -68,7 +68,7 @@ class Problem:
         )
 
     def is_pair(self, batch: Any) -> Array:
-        """[r, p]: whether each place for a pair in a row holds one."""
+        """[r, p]: True where the row has its p-th pair."""
         winners = jnp.arange(1, self.num_segments, 2)
         return jnp.any(
             (batch.segment_ids[..., None] == winners) & batch.response_mask[..., None], axis=1
@@ -99,8 +99,8 @@ class Problem:
 
         The gradients are a tuple: of the mean loss and, for one pair, of its score. They are None
         if no gradients are measured. For one pair the score is differentiated, and the gradient
-        of the loss is -sigmoid(-score) times that of the score. The reverse is not possible: this
-        factor is 0 if the score is large.
+        of the loss is -sigmoid(-score) times the gradient of the score. The other way round would
+        divide by this factor, which is 0 if the score is large.
         """
         if not self.gradient:
             return None, self.sums(params, reference, batch, epoch, estimator)[2]

@@ -51,8 +51,8 @@ def theorem_4(
     `score_variance` is Var s_hat, `trace` is tr Var grad s_hat, and C = `largest` bounds
     |grad s_hat|. sigma is the sigmoid function.
 
-    For the error: |sigma(-s_hat) - sigma(-s)| <= |s_hat - s| / 4 is multiplied by |grad s| <= C,
-    and |grad s_hat - grad s| is multiplied by sigma <= 1.
+    For the error: the factor of grad s, at most C in norm, differs by
+    |sigma(-s_hat) - sigma(-s)| <= |s_hat - s| / 4. The factor of grad s_hat - grad s is at most 1.
 
     For the variance: tr Var = 1/2 mean over pairs of repeats |sigma_1 g_1 - sigma_2 g_2|^2, and
     each term is at most |g_1 - g_2|^2 + C^2/8 (s_1 - s_2)^2. C must therefore bound the gradient
@@ -80,8 +80,8 @@ def best_times(
     density is proportional to sqrt(E[square | l]). It is then (E_l sqrt(E[square | l]))^2.
 
     One density serves all pairs. It is constant on each of 20 equal parts of sqrt(l / L). The
-    parts are narrow at small l, where the square, about proportional to 1 / l, changes most. If it
-    is exactly proportional, the second moment comes out 0.5 % too high at L = 1000. With few draws
+    parts are narrow at small l, where the square changes most: it is about proportional to 1 / l.
+    If it is exactly 1 / l, the second moment comes out 0.5 % too high at L = 1000. With few draws
     in a part it comes out too low.
     """
     part = np.minimum(np.sqrt(shares) * 20 - 1e-6, 19).astype(int)[..., None] == np.arange(20)

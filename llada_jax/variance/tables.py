@@ -173,7 +173,7 @@ def _interval(statistic: Callable, count: int) -> list[float]:
 def _decomposition(found, kept, estimators, columns, parts, beta: float) -> dict:
     """V_t and V_yt of the policy's ELBO, of the score and of the gradient.
 
-    Each with the variances that Lemma 5 predicts from them, beside the measured variances.
+    For each, the result also has the variances that Lemma 5 predicts, and the measured ones.
     """
 
     def by_pair(values, is_pair):
