@@ -1,1 +1,1 @@
-"""Architectures, one in each file, and the parts that they share."""
+"""Architectures, one a file."""

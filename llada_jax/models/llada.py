@@ -136,7 +136,7 @@ class ModelConfig:
             raise ValueError(f"{source}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """The contents of a published `config.json`, fixed keys included, for `from_dict`."""
+        """The published `config.json`, fixed keys included, which `from_dict` reads back."""
         head = {"architectures": ["LLaDAModelLM"], "model_type": "llada"}
         return {**head, **_FIXED, **dataclasses.asdict(self)}
 
