@@ -1,4 +1,7 @@
-"""Peak rates of accelerators, as the vendors publish them: the one table that benchmark.py and compile.py read."""
+"""Peak rates of accelerators, as published by the vendors.
+
+`llada_jax.benchmark` and `llada_jax.compile` both read this table.
+"""
 
 import dataclasses
 
@@ -7,16 +10,18 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip, which is one JAX device: dense FLOP/s and bytes, decimal rates, nothing for sparsity."""
+    """One chip, which is one JAX device.
+
+    Rates are decimal, and FLOP/s are dense: they do not count sparsity.
+    """
 
     name: str
     bf16_flops: float  # FLOP/s
-    hbm_bytes: int  # nominal; XLA keeps a little of it for itself
+    hbm_bytes: int  # nominal; XLA reserves a little of it
     hbm_bandwidth: float  # bytes/s
-    ici_bandwidth: float  # bytes/s one way out of the chip, all links (ICI, NVLink) together
-    dcn_bandwidth: float | None = (
-        None  # bytes/s one way, its share of the network between TPU slices, where published
-    )
+    ici_bandwidth: float  # bytes/s out of the chip, one way, sum of all links (ICI, NVLink)
+    # The chip's share of the network between TPU slices, in bytes/s one way. None: not published.
+    dcn_bandwidth: float | None = None
 
 
 _V4 = Chip("TPU v4", 275e12, 32 * _GIB, 1228e9, 300e9)
@@ -28,10 +33,14 @@ _A100_80 = Chip("A100 SXM 80 GB", 312e12, 80 * _GIB, 2039e9, 300e9)
 _H100 = Chip("H100 SXM", 989e12, 80 * _GIB, 3350e9, 450e9)
 _H200 = Chip("H200", 989e12, 141 * _GIB, 4800e9, 450e9)
 
-# By jax.Device.device_kind, and by the first part of a topology's name ("v5p" of v5p:2x2x4). From the page of each
-# version under docs.cloud.google.com/tpu/docs (there the interconnect counts both ways) and NVIDIA's data sheets. The
-# data-center network: 50 Gbit/s a chip (docs/v5p), 2 x 100 and 4 x 200 Gbit/s for the 8 chips of a v5e and a v6e host
-# (docs/v6e, which gives 6.4 and 25.6 Tbit/s for the 256 chips of a pod); v4's page does not say.
+# The keys are jax.Device.device_kind, and the first part of a topology's name ("v5p" in
+# "v5p:2x2x4").
+#
+# Sources: NVIDIA's data sheets, and the page of each TPU version under
+# docs.cloud.google.com/tpu/docs, which counts both directions of the interconnect. The data-center
+# network gives each v5p chip 50 Gbit/s (docs/v5p). The 8 chips of a v5e host share 2 x 100 Gbit/s,
+# and the 8 chips of a v6e host share 4 x 200 Gbit/s (docs/v6e, which gives 6.4 and 25.6 Tbit/s for
+# the 256 chips of a pod). The page of v4 does not give this rate.
 CHIPS = {
     "TPU v4": _V4,
     "v4": _V4,

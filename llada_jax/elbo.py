@@ -1,12 +1,14 @@
-"""The evidence lower bound: terms, estimates, exact values. In nats over the whole response, higher is better.
+"""The evidence lower bound (ELBO): terms, estimates and exact values.
 
-Any model will do: `logits_fn(tokens[..., l]) -> logits[..., l, v]`. For example, a model that ignores its input:
+The ELBO is in nats over the whole response; higher is better. Any model works that is a function
+`logits_fn(tokens[..., l]) -> logits[..., l, v]`. For example, a model that ignores its input:
 
     >>> import jax, jax.numpy as jnp
     >>> from llada_jax import elbo
     >>> logits_fn = lambda tokens: jnp.zeros((*tokens.shape, 4))
     >>> tokens, response = jnp.array([[0, 1, 2]]), jnp.array([[False, True, True]])
-    >>> estimate = elbo.estimate_elbo(jax.random.key(0), logits_fn, tokens, response, mask_id=3, n_t=4)
+    >>> key = jax.random.key(0)
+    >>> estimate = elbo.estimate_elbo(key, logits_fn, tokens, response, mask_id=3, n_t=4)
     >>> bool(jnp.allclose(estimate.value, -2 * jnp.log(4.0)))
     True
 """
@@ -42,9 +44,11 @@ def elbo_terms(
     *,
     mask_id: int,
 ) -> Float32[Array, "n b"]:
-    """The term of each draw: the sum over masked positions of weight x log-probability of the true token, in nats.
+    """The term of each draw: sum of weight x log-probability of the true token, in nats.
 
-    Equation 15 has weights L / l, 13 has 1 / t; one number a draw and example, or one a token.
+    The sum is over the masked positions. `weights` has one number for each draw and example
+    [n, b], or one for each token [n, b, l]. They are L / l in equation 15 and 1 / t in equation 13.
+    `logits_fn` gets all draws at once, tokens [n, b, l].
     """
     masked = masked.astype(bool)
     if weights.ndim == 2:
@@ -59,9 +63,8 @@ class Estimate:
 
     value: Float32[Array, " b"]
     terms: Float32[Array, "t y b"]
-    stderr: Float32[
-        Array, " b"
-    ]  # of value; nan where its own terms do not tell it (`error_is_known`)
+    # Standard error of `value`; nan if the terms do not determine it (see `error_is_known`).
+    stderr: Float32[Array, " b"]
 
 
 def estimate_elbo(
@@ -79,9 +82,13 @@ def estimate_elbo(
     pseudo_count: float = 0.0,
     chunk: int = 0,
 ) -> Estimate:
-    """Equation 6: the mean of n_t x n_yt terms, unbiased for every scheme but those that `Scheme.biased` names.
+    """Estimates the ELBO by the mean of n_t x n_yt terms, in nats (equation 6).
 
-    `chunk` draws go through the model at a time (0: all). Raises ValueError for unknown schemes.
+    The estimate is unbiased unless `Scheme.biased` is true for the scheme. The model processes
+    `chunk` draws at a time (0: all).
+
+    Raises ValueError if a scheme is unknown, if its settings do not fit together, or if `chunk`
+    does not divide n_t x n_yt.
     """
     scheme = noise.Scheme(n_t, n_yt, times, masks, weights, pseudo_count=pseudo_count)
     drawn = noise.draw_rows(
@@ -113,19 +120,23 @@ def exact_elbo(
     mask_id: int,
     chunk: int = 256,
 ) -> Float32[Array, " b"]:
-    """Equation 14 by enumeration of every non-empty subset of the response, `chunk` subsets at a time, in nats.
+    """The exact ELBO in nats, by enumeration of every subset of the response (equation 14).
 
-    Raises ValueError beyond 20 response tokens (a million model calls).
+    The model processes `chunk` subsets at a time. Raises ValueError if a response has more than 20
+    tokens (a million model calls).
     """
     response = np.asarray(response_mask).astype(bool)
     lengths = response.sum(-1)
     longest = int(lengths.max())
     if longest > 20:
         raise ValueError(
-            f"a response of {longest} tokens has 2^{longest} subsets: exact_elbo takes at most 20 tokens"
+            f"a response of {longest} tokens has 2^{longest} subsets: "
+            "exact_elbo takes at most 20 tokens"
         )
-    place = jnp.asarray(np.where(response, response.cumsum(-1) - 1, 31))  # bit 31 is never set
-    # A subset of size k counts 1 / (k C(L, k)): L / k of equation 14, times 1 / L for k and 1 / C(L, k) for the subset.
+    # Tokens outside the response read bit 31, which no subset sets.
+    place = jnp.asarray(np.where(response, response.cumsum(-1) - 1, 31))
+    # The weight of a subset of size k is 1 / (k C(L, k)). It is L / k (equation 14), times the
+    # probability 1 / L of the size k, times the probability 1 / C(L, k) of the subset.
     weight_of_size = jnp.asarray(
         [
             [0.0] + [1 / (k * comb(n, k)) if k <= n else 0.0 for k in range(1, longest + 1)]
@@ -136,9 +147,8 @@ def exact_elbo(
     def terms_of(subsets):
         masked = ((subsets[:, None, None] >> place) & 1).astype(bool)
         size = masked.sum(-1)
-        whole = subsets[:, None] < 2 ** jnp.asarray(
-            lengths
-        )  # a shorter response meets each of its subsets once
+        # The enumeration is for the longest response. A shorter one counts each subset once.
+        whole = subsets[:, None] < 2 ** jnp.asarray(lengths)
         weights = jnp.where(
             whole, jax.vmap(lambda s: weight_of_size[jnp.arange(s.size), s])(size), 0
         )
@@ -146,9 +156,8 @@ def exact_elbo(
 
     chunk = min(chunk, 2**longest)
     subsets = np.arange(-(-(2**longest) // chunk) * chunk, dtype=np.int32)
-    subsets[2**longest :] = (
-        0  # subset 0 masks nothing and counts nothing: it fills up the last chunk
-    )
+    # Fill the last chunk with subset 0, which masks nothing and has weight 0.
+    subsets[2**longest :] = 0
     return jax.lax.map(terms_of, jnp.asarray(subsets.reshape(-1, chunk))).sum(0)
 
 
@@ -162,17 +171,19 @@ def packed_terms(
     mask_id: int,
     chunk: int = 0,
 ) -> Float32[Array, "n r s"]:
-    """The terms of every segment of packed rows, `chunk` draws at a time (0: all n), vmapped over them.
+    """The term of every draw and segment of packed rows.
 
-    `logps_fn(masked tokens [r, l], targets [r, l])` gives log-probabilities [r, l]. Under a chunk smaller than n the
-    backward pass runs each chunk's forward pass again: memory does not grow with n, the gradient is the same.
+    `logps_fn(masked tokens [r, l], targets [r, l])` returns log-probabilities [r, l]. It is
+    vmapped over `chunk` draws at a time (0: all n). If chunk < n, the backward pass repeats the
+    forward pass of each chunk, so memory does not grow with n. The gradient is the same for every
+    chunk. Raises ValueError if `chunk` does not divide n.
     """
     segments = jnp.arange(1, num_segments + 1)
 
     def one(masked, weights):
         logps = logps_fn(jnp.where(masked, mask_id, tokens), tokens)
         weighted = jnp.where(masked, weights * logps, 0)
-        # Sums under a mask rather than a matrix product, which would round to bfloat16 on a TPU.
+        # Masked sums instead of a matrix product, which a TPU would round to bfloat16.
         return jnp.sum(
             jnp.where(segment_ids[..., None] == segments, weighted[..., None], 0), axis=1
         )
@@ -181,10 +192,11 @@ def packed_terms(
 
 
 def standard_error(terms: Float[Array, "t y *b"]) -> Float[Array, "*b"]:
-    """Of the mean over all n_t x n_yt terms, from the spread of the n_t means; nan where n_t = 1.
+    """Standard error of the mean over all n_t x n_yt terms, from the spread of the n_t means.
 
-    True where the draws at different times are independent and alike (`error_is_known`); for others it may be tens of
-    times too large, or too small: measure by repeats.
+    It is nan if n_t = 1. It is right if the draws at different times are independent and
+    identically distributed (see `error_is_known`). For other schemes it may be tens of times too
+    large, or too small: measure the error by repeats instead.
     """
     n_t = terms.shape[0]
     means = terms.mean(axis=1)
@@ -194,7 +206,10 @@ def standard_error(terms: Float[Array, "t y *b"]) -> Float[Array, "*b"]:
 
 
 def error_is_known(scheme: noise.Scheme) -> bool:
-    """Whether `standard_error` of its terms, or of differences of terms of one draw, is right (its square unbiased)."""
+    """Whether `standard_error` is right for the terms of this scheme: its square is unbiased.
+
+    The same holds for differences of two terms of the same draw.
+    """
     independent = (
         scheme.times == "iid" and noise.MASKS[scheme.masks].block == 1 and scheme.weights == "plain"
     )
@@ -204,12 +219,13 @@ def error_is_known(scheme: noise.Scheme) -> bool:
 def _in_chunks(
     terms_of: Callable[..., Array], draws: tuple[Array, ...], chunk: int, n: int
 ) -> Array:
-    """terms_of on all n draws, or on `chunk` of them at a time, each chunk rematerialised."""
+    """Applies terms_of to `chunk` of the n draws at a time (0: all); rematerialises each chunk."""
     if chunk in (0, n):
         return terms_of(*draws)
     if chunk < 0 or n % chunk:
         raise ValueError(
-            f"chunk={chunk} does not divide the n_t x n_yt = {n} draws: choose a divisor, or 0 for all"
+            f"chunk={chunk} does not divide the n_t x n_yt = {n} draws: "
+            "choose a divisor, or 0 for all"
         )
     split = jax.tree.map(lambda x: x.reshape(n // chunk, chunk, *x.shape[1:]), draws)
     terms = jax.lax.map(jax.checkpoint(lambda xs: terms_of(*xs)), split)

@@ -8,7 +8,7 @@ KINDS = ("sigmoid", "ipo", "hinge", "robust")
 
 
 def check_preference(beta: float, kind: str, label_smoothing: float) -> None:
-    """One line for each setting that `preference_loss` cannot honour."""
+    """Raises ValueError if `preference_loss` cannot honour a setting."""
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is not one of {', '.join(KINDS)}")
     if not beta > 0:
@@ -33,12 +33,18 @@ def preference_loss(
     kind: str = "sigmoid",
     label_smoothing: float = 0.0,
 ) -> tuple[Float[Array, "*b"], dict[str, Array]]:
-    """DPO and its relatives on ELBOs in nats: the loss and the metrics of every pair.
+    """DPO and related losses of every pair, from ELBOs in nats, with their metrics.
 
-    With s the score (equation 8): "sigmoid" is -log sigmoid(s), under label smoothing e the conservative
-    -(1 - e) log sigmoid(s) - e log sigmoid(-s); "robust" its unbiased form for labels wrong with probability e
-    (arXiv:2403.00409); "hinge" max(0, 1 - s) (SLiC, arXiv:2305.10425); "ipo" (s / beta - 1 / (2 beta))^2
-    (arXiv:2310.12036, on whole-response ELBOs). Raises ValueError for settings without a meaning.
+    s is the score (equation 8), and e is `label_smoothing`. The loss by `kind`:
+
+    - "sigmoid": -log sigmoid(s). For e > 0 the conservative form,
+      -(1 - e) log sigmoid(s) - e log sigmoid(-s).
+    - "robust": the unbiased form for labels that are wrong with probability e (arXiv:2403.00409),
+      (-(1 - e) log sigmoid(s) + e log sigmoid(-s)) / (1 - 2 e).
+    - "hinge": max(0, 1 - s) (SLiC, arXiv:2305.10425).
+    - "ipo": (s / beta - 1 / (2 beta))^2 (arXiv:2310.12036), on ELBOs of the whole response.
+
+    Raises ValueError if `check_preference` refuses a setting.
     """
     check_preference(beta, kind, label_smoothing)
     chosen = beta * (policy_chosen_elbo - reference_chosen_elbo)
@@ -57,15 +63,16 @@ def preference_loss(
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margins": score,
-        # A tie, as of a policy that is still its reference, is a coin's half.
+        # A score of exactly 0 counts as half correct: at the first step the policy equals its
+        # reference, and every score is 0.
         "rewards/accuracies": (jnp.sign(score) + 1) / 2,
     }
     return loss, metrics
 
 
 def denoising_loss(elbo: Float[Array, "*b"], lengths: Float[Array, "*b"]) -> Float[Array, "*b"]:
-    """-ELBO / length, in nats a token: the pre-training and SFT objective of each example (spec: Objectives).
+    """-ELBO / length in nats per token: the loss of pre-training and SFT (spec: Objectives).
 
-    0 where the length is 0 (a padding segment).
+    A padding segment has length 0 and ELBO 0; its loss is 0.
     """
     return -elbo / jnp.maximum(lengths, 1)

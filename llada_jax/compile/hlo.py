@@ -1,4 +1,7 @@
-"""What a compiled program does, read from its text: arrays, loops, collectives and memory traffic of one device."""
+"""Reads the text of a compiled program (HLO).
+
+It finds the arrays, loops, collectives and memory traffic of one device.
+"""
 
 import collections
 import dataclasses
@@ -26,7 +29,7 @@ _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _LINE = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r" ([a-z][\w\-]*)\(")
-# Instructions that only name, wait or call: what they stand for is counted elsewhere.
+# Instructions that only name arrays, wait, or call a computation. They move no bytes themselves.
 _FREE = {
     "parameter",
     "tuple",
@@ -42,7 +45,7 @@ _FREE = {
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """An array: type, dimensions, and whether it is in main memory (HBM) rather than on the chip."""
+    """An array: its type and dimensions, and whether it is in HBM or in on-chip memory."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -50,26 +53,29 @@ class Shape:
 
     @property
     def nbytes(self) -> int:
+        """The size of the array in bytes; 0 for a type that is not in `_BYTES`."""
         return math.prod(self.dims) * _BYTES.get(self.dtype, 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
+    """One instruction of a computation, with the text after its name."""
+
     name: str
     opcode: str
-    shapes: tuple[Shape, ...]  # of the result; several for a tuple
+    shapes: tuple[Shape, ...]  # of the result; a tuple has several
     operands: tuple[str, ...]
     text: str
     is_root: bool
 
     def attribute(self, key: str) -> str | None:
-        """The computation or number that `key=` names."""
+        """The computation or number after `key=`; None if there is no such attribute."""
         found = re.search(rf"\b{key}=%?([\w.\-]+)", self.text)
         return found.group(1) if found else None
 
 
 def _shapes(text: str) -> tuple[Shape, ...]:
-    # Memory space 1 and up (S(1)) is on the chip.
+    # S(1) and higher numbers are memory spaces on the chip.
     return tuple(
         Shape(
             dtype,
@@ -123,14 +129,14 @@ class Program:
                 current[instruction.name] = instruction
 
     def arrays(self) -> Iterator[Shape]:
-        """Every array that an instruction outside fusions leaves in main memory."""
+        """Every array in HBM that is the result of an instruction outside fusions."""
         for name in self.times:
             for instruction in self.computations[name].values():
                 yield from (s for s in instruction.shapes if s.in_hbm)
 
     @functools.cached_property
     def times(self) -> dict[str, int]:
-        """How often each computation runs in one call; those inside fusions are left out."""
+        """How often each computation outside fusions runs in one call of the program."""
         times: dict[str, int] = collections.defaultdict(int)
 
         def visit(name: str, count: int):
@@ -152,7 +158,7 @@ class Program:
         return dict(times)
 
     def trip_count(self, loop: Instruction) -> int:
-        """How often the body of a `while` runs: XLA's own figure, or what its counter and its bound say."""
+        """How often the body of a `while` runs: from XLA, or else from its counter and bound."""
         if known := re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.text):
             return int(known.group(1))
         condition = self.computations[loop.attribute("condition")]
@@ -165,16 +171,17 @@ class Program:
         result = next(i for i in body.values() if i.is_root)
         if counter is None or result.opcode != "tuple":
             return bound
-        # The counter goes on by 1, or by as many turns as the compiler unrolled.
+        # The counter increases by 1, or by the number of iterations that the compiler unrolled.
         steps = [
             _constant(body[o]) for o in body[result.operands[int(counter)]].operands if o in body
         ]
         return -(-bound // max((s for s in steps if s), default=1))
 
     def collectives(self) -> Iterator[tuple[str, Instruction, int]]:
-        """(kind, instruction, how often it runs); one that is split into start and done is met once.
+        """(kind, instruction, how often it runs) of every collective.
 
-        An all-reduce of which each device keeps a part, as the TPU compiler fuses them, is a reduce-scatter.
+        A collective that is split into start and done is returned once. The TPU compiler may fuse
+        an all-reduce with the slice that each device keeps. This is returned as a reduce-scatter.
         """
         for name, count in self.times.items():
             seen = set()
@@ -196,17 +203,16 @@ class Program:
                 yield from self._with_fused(instruction.attribute("calls"))
 
     def collective_bytes(self) -> dict[str, tuple[int, int]]:
-        """{kind: (calls, bytes)} of one device in one call of the program; bytes that a device sends within its slice.
+        """{kind: (calls, bytes sent)} of one device within its slice, in one call of the program.
 
-        A ring over k devices sends (k - 1) / k of what is gathered or scattered, and twice that for an all-reduce.
+        In a ring of k devices, a device sends (k - 1) / k of the bytes that are gathered or
+        scattered, and twice as many for an all-reduce.
         """
         total: dict[str, tuple[int, int]] = {}
         for kind, instruction, count in self.collectives():
             arrays = [s for s in instruction.shapes if s.dims] or instruction.shapes
             if instruction.opcode.endswith("-start"):
-                arrays = arrays[
-                    len(arrays) // 2 :
-                ]  # what comes out; the first half is what goes in
+                arrays = arrays[len(arrays) // 2 :]  # inputs first, then outputs: keep the outputs
             size = sum(s.nbytes for s in arrays)
             share = 1.0
             if kind != "collective-permute":
@@ -214,7 +220,9 @@ class Program:
                 ring = (group - 1) / group
                 if kind == "all-reduce":
                     share = 2 * ring
-                else:  # a reduce-scatter by name gives the part that is kept, one made of an all-reduce the whole
+                else:
+                    # The result of a reduce-scatter instruction is the part that is kept. The
+                    # result of a fused all-reduce is the whole array.
                     share = (
                         group * ring if instruction.opcode.startswith("reduce-scatter") else ring
                     )
@@ -223,10 +231,13 @@ class Program:
         return total
 
     def between_slices(self, slices: int) -> tuple[int, int]:
-        """(transfers, bytes) that a device sends to others than its slice in one call, by rings over `slices` slices.
+        """(transfers, bytes) that a device sends to other slices in one call of the program.
 
-        The TPU compiler makes the program of one slice: what crosses is in no replica group, but handed, whole, to its
-        runtime by `send`. ValueError for a form that is not known.
+        XLA compiles the program of one slice. Traffic between slices does not appear as a
+        collective with replica groups; it appears as `send` instructions that pass the whole array
+        to the runtime. The bytes are computed for rings over `slices` slices.
+
+        Raises ValueError for a type of transfer that is not known.
         """
         ring = (slices - 1) / slices
         shares = {
@@ -242,17 +253,19 @@ class Program:
                 if instruction.opcode == "send" and form:
                     if form.group(1) not in shares:
                         raise ValueError(
-                            f"unknown transfer between slices, {form.group(1)}, in {instruction.name}"
+                            f"unknown transfer between slices, {form.group(1)}, "
+                            f"in {instruction.name}"
                         )
                     calls += count
                     sent += int(instruction.shapes[0].nbytes * shares[form.group(1)]) * count
         return calls, sent
 
     def hbm_bytes(self) -> int:
-        """Main-memory traffic of one call: what every instruction outside fusions reads and writes, loops included.
+        """The HBM traffic of one call: bytes read and written by every instruction, loops included.
 
-        Of an array that is only sliced (or updated in place) the slice counts. An estimate: the compiler may keep an
-        operand on the chip from one instruction to the next.
+        A fusion counts as one instruction. An array that is only sliced, or updated in place,
+        counts with its slice. This is an estimate: the compiler may keep an operand on the chip
+        from one instruction to the next.
         """
         return sum(
             count
@@ -266,9 +279,8 @@ class Program:
         opcode = instruction.opcode
         if opcode in _FREE or opcode.endswith(("-done", "-update")):
             return 0
-        if opcode.endswith(
-            "-start"
-        ):  # a tuple of source and destination (copy-start: the other way round)
+        # The result is a tuple of source and destination; copy-start has them in reverse order.
+        if opcode.endswith("-start"):
             ends = [s for s in instruction.shapes if s.dims][:2]
             moved = min((s.nbytes for s in ends), default=0)
             return sum(moved for s in ends if s.in_hbm)
@@ -281,7 +293,7 @@ class Program:
             return 2 * written
         if opcode == "dynamic-update-slice":
             return 2 * sizes[1]
-        if opcode == "send":  # its result names what it reads
+        if opcode == "send":  # its result is its operand again: it only reads
             return sizes[0]
         if opcode == "fusion":
             written, sizes = self._fusion_traffic(instruction, written, sizes)
@@ -310,7 +322,10 @@ class Program:
         return written, sizes
 
     def group_size(self, collective: Instruction) -> int:
-        """Devices that take part in one group of a collective; ValueError for a form that is not known."""
+        """The number of devices in one group of a collective.
+
+        Raises ValueError if the form of its replica groups is not known.
+        """
         text = collective.text
         if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", text):
             return int(found.group(2))

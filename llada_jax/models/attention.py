@@ -1,6 +1,7 @@
-"""Bidirectional attention over packed rows, without ever holding a whole [L, L] matrix of scores for long rows.
+"""Bidirectional attention over packed rows; long rows never hold a whole [L, L] score matrix.
 
-"splash" is the Pallas kernel of JAX on TPU, "cudnn" NVIDIA's flash attention, "xla" plain JAX everywhere.
+"splash" is JAX's Pallas kernel for TPU, "cudnn" is NVIDIA's flash attention, and "xla" is plain
+JAX, which runs everywhere.
 """
 
 import jax
@@ -18,17 +19,18 @@ from llada_jax.models.splash import splash_attend, splash_limit
 
 IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
 
-# "xla": rows up to this length are attended to in one piece; longer ones in blocks of this many queries, so that the
-# scores held at a time are [heads, QUERY_BLOCK, L].
+# "xla": rows up to this length are computed in one piece. Longer rows are computed in blocks of
+# this many queries, so that only scores [heads, QUERY_BLOCK, L] are held at a time.
 QUERY_BLOCK = 512
 
 
 def choose(
     implementation: str, platform: str, *, length: int, head_size: int, dtype
 ) -> tuple[str, str]:
-    """What `implementation` means on a platform ("tpu", "gpu", "cpu") for rows of `length`: (name, reason).
+    """Chooses the implementation for a platform ("tpu", "gpu", "cpu"): (name, reason).
 
-    Raises ValueError where an implementation is asked for by name that cannot do it.
+    "auto" takes the kernel of the platform if it can compute rows of `length`, else "xla".
+    Raises ValueError if `implementation` is unknown, or names a kernel that cannot compute them.
     """
     limits = {"splash": splash_limit, "cudnn": cudnn_limit}
     if implementation not in IMPLEMENTATIONS:
@@ -56,14 +58,16 @@ def attend(
     segment_ids: Int[Array, "*b l"] | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "*b l h d"]:
-    """Softmax attention of h query heads over k key heads (h a multiple of k), scaled by 1 / sqrt(d).
+    """Softmax attention of h query heads over k key heads, scaled by 1 / sqrt(d).
 
-    A key is seen where `attention_mask` is true and its segment is the query's own. The softmax is in float32.
-    `implementation` as `choose` reads it, for the devices of the mesh in use. ValueError for what it cannot do.
+    h is a multiple of k. A query attends to the keys of its own segment whose `attention_mask` is
+    true. The softmax is in float32. `choose` resolves `implementation` for the devices of the
+    current mesh, and raises ValueError if it cannot be used.
     """
     batch_shape, (length, _, head_size) = query.shape[:-3], query.shape[-3:]
     query, key, value = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
-    # One array says who sees whom: what is masked out is a key of no query's segment.
+    # A query attends to the keys with its own id. A key that is masked out gets id -1, which no
+    # query has.
     queries_of = keys_of = None
     if segment_ids is not None or attention_mask is not None:
         queries_of = keys_of = jnp.zeros(query.shape[:2], jnp.int32)
@@ -83,7 +87,7 @@ def attend(
 
 
 def _device() -> tuple[str, str]:
-    """Platform and kind of the devices that are computed on: those of the mesh in use, or the default ones."""
+    """The platform and kind of the devices of the current mesh, or else of the default device."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:
         return device.platform, device.device_kind
@@ -95,7 +99,7 @@ def _xla(query, key, value, queries_of, keys_of):
 
     def block(queries, queries_of, key=key, value=value):
         mask = None if keys_of is None else (queries_of[:, :, None] == keys_of[:, None, :])[:, None]
-        # float32 means float32: accelerators would multiply it in fewer bits by default.
+        # By default, accelerators multiply float32 in fewer bits.
         with jax.default_matmul_precision("highest" if queries.dtype == jnp.float32 else "default"):
             return jax.nn.dot_product_attention(
                 queries, key, value, mask=mask, implementation="xla"
@@ -103,7 +107,7 @@ def _xla(query, key, value, queries_of, keys_of):
 
     if length <= QUERY_BLOCK:
         return block(query, queries_of)
-    # Rematerialised, so that the backward pass holds the scores of one block too.
+    # Each block is rematerialised: the backward pass, too, holds the scores of one block only.
     blocks = -(-length // QUERY_BLOCK)
     padding = blocks * QUERY_BLOCK - length
 
@@ -111,7 +115,7 @@ def _xla(query, key, value, queries_of, keys_of):
         x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(x.shape[0], blocks, QUERY_BLOCK, *x.shape[2:]), 1, 0)
 
-    # Closed over in float32, so that the gradients of the blocks add up in it.
+    # The loop closes over float32 keys and values, so that their gradients are summed in float32.
     wide = key.astype(jnp.float32), value.astype(jnp.float32)
     parts = jax.tree.map(split, (query, queries_of))
     out = jax.lax.map(

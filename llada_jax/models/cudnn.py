@@ -1,10 +1,11 @@
-"""NVIDIA's flash attention through cuDNN."""
+"""NVIDIA's flash attention, through cuDNN."""
 
 import jax
 import jax.numpy as jnp
 
 
 def cudnn_limit(platform: str, length: int, head_size: int, dtype) -> str | None:
+    """Why this attention cannot run; None if it can."""
     if platform != "gpu":
         return f"it runs on NVIDIA GPUs, not on {platform}"
     if dtype not in (jnp.bfloat16, jnp.float16):
@@ -19,15 +20,20 @@ def cudnn_limit(platform: str, length: int, head_size: int, dtype) -> str | None
 
 
 def cudnn_attend(query, key, value, queries_of, keys_of):
+    """Attention for query, key and value [rows, L, heads, size].
+
+    A query attends to the keys with its own id. The ids `queries_of` and `keys_of` are [rows, L];
+    None means that every query attends to all keys of its row.
+    """
     if keys_of is None:
         return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
     return cudnn_masked(query, key, value, queries_of, keys_of)
 
 
 def _merge_draws(function):
-    """`function` of arrays with rows on axis 0, for which vmapped axes become rows.
+    """Gives `function` a batching rule that merges a vmapped axis into the rows (axis 0).
 
-    JAX's own batching rule takes a mask for one of every head.
+    JAX's own rule assumes that the mask has one entry for each head; ours has one for all heads.
     """
     wrapped = jax.custom_batching.custom_vmap(function)
 
@@ -45,7 +51,7 @@ def _merge_draws(function):
     return wrapped
 
 
-# cuDNN has no segment ids: it gets a mask, [rows, 1, L, L], the same for all heads.
+# cuDNN has no segment ids. It gets a mask [rows, 1, L, L], the same for all heads.
 def _cudnn_with_mask(query, key, value, queries_of, keys_of):
     mask = (queries_of[:, :, None] == keys_of[:, None, :])[:, None]
     return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
@@ -53,15 +59,19 @@ def _cudnn_with_mask(query, key, value, queries_of, keys_of):
 
 @jax.custom_vjp
 def cudnn_masked(query, key, value, queries_of, keys_of):
+    """Attention by ids, vmapped and differentiated by the rules of this module."""
     return _merge_draws(_cudnn_with_mask)(query, key, value, queries_of, keys_of)
 
 
 def cudnn_forward(*args):
+    """The forward rule of `cudnn_masked`; it keeps the inputs only."""
     return cudnn_masked(*args), args
 
 
 def cudnn_backward(args, gradient):
-    # The forward pass again, as under rematerialisation: custom_vmap cannot be differentiated through.
+    """The backward rule of `cudnn_masked`; it repeats the forward pass."""
+
+    # JAX cannot differentiate through custom_vmap, so the backward pass has a rule of its own.
     @_merge_draws
     def backward(query, key, value, queries_of, keys_of, gradient):
         def attend(query, key, value):

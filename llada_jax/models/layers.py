@@ -1,4 +1,4 @@
-"""Parts that architectures share: norm, linear layer, rotary embedding, rematerialisation policies."""
+"""Parts that architectures share: norm, linear layer, rotary embedding, remat policies."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# Remat policies by name: what one layer keeps between its forward and its backward pass.
+# Remat policies by name: what a layer keeps between its forward and its backward pass.
 REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -16,25 +16,26 @@ REMAT = {
 
 
 def precision(dtype) -> jax.lax.Precision:
-    """float32 means float32: accelerators would multiply it in fewer bits by default."""
+    """Full precision for float32, which accelerators multiply in fewer bits by default."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
-    """Pins an activation [rows, positions, ...] to its logical axes; does nothing outside a mesh."""
+    """Pins an activation [rows, positions, ...] to its logical axes; no effect without a mesh."""
     return nn.with_logical_constraint(x, ("act_rows", "act_length", *axes))
 
 
 def cast(weight: Array, dtype: Any) -> Array:
-    """A weight in the type of the activations, cast where it is used."""
+    """Casts a weight to the type of the activations, at the place where it is used."""
     if weight.dtype == dtype:
         return weight
-    # Without the barrier XLA casts the weights of all layers, or of the whole head, before the loop and keeps them.
+    # Without the barrier, XLA casts the weights of all layers, or the whole head, before the loop
+    # and keeps the copies.
     return jax.lax.optimization_barrier(weight).astype(dtype)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) in float32, cast back, times the weight (spec: Model)."""
+    """RMSNorm: x / rms(x) in float32, cast back, then times the weight (spec: Model)."""
 
     eps: float
     dtype: Any
@@ -42,6 +43,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        """Normalises the last axis."""
         init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",))
         scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
         y = x.astype(jnp.float32)
@@ -50,7 +52,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """x @ kernel, kernel [inputs, outputs], no bias."""
+    """Linear layer without bias: x @ kernel, where kernel is [inputs, outputs]."""
 
     inputs: int
     outputs: int
@@ -60,11 +62,14 @@ class Linear(nn.Module):
     param_dtype: Any
 
     def setup(self):
+        """Declares the kernel."""
         init = nn.with_logical_partitioning(nn.initializers.normal(self.std), self.axes)
         self.kernel = self.param("kernel", init, (self.inputs, self.outputs), self.param_dtype)
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        # One product over all positions: for the gradient of a batched one XLA's CPU backend transposes far more.
+        """Applies the layer to the last axis."""
+        # The leading axes are flattened to one: for the gradient of a batched product, XLA's CPU
+        # backend transposes far more.
         kernel = cast(self.kernel, self.dtype)
         y = jnp.matmul(x.reshape(-1, self.inputs), kernel, precision=precision(self.dtype))
         return y.reshape(*x.shape[:-1], self.outputs)
@@ -73,7 +78,10 @@ class Linear(nn.Module):
 def rotate(
     x: Float[Array, "*b l h d"], positions: Int[Array, "*b l"], theta: float
 ) -> Float[Array, "*b l h d"]:
-    """Rotary position embedding over the whole head, first half paired with second, in float32 (spec: Model)."""
+    """Rotary position embedding over the whole head, in float32 (spec: Model).
+
+    Element i of the first half is paired with element i of the second half.
+    """
     half = x.shape[-1] // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies

@@ -1,4 +1,4 @@
-"""LLaDA in Flax linen: the configuration, the transformer, and log-probabilities of target tokens."""
+"""LLaDA in Flax linen: configuration, transformer, log-probabilities of targets, FLOPs."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -12,7 +12,7 @@ from llada_jax.models.family import Family, Row
 from llada_jax.models.layers import REMAT, Linear, RMSNorm, constrain, rotate
 from llada_jax.models.logps import chunked_logps, head_logits
 
-# What the family uses (spec: Model); any other value in a config.json would compute something else.
+# The values that the family uses (spec: Model). Another value would need another computation.
 _FIXED = {
     "activation_type": "silu",
     "alibi": False,
@@ -38,7 +38,10 @@ _REQUIRED = ("d_model", "n_heads", "n_layers", "vocab_size", "mask_token_id")
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The architecture, under the checkpoint's own field names (`config.json` of the published models)."""
+    """The architecture, with the field names of the published `config.json`.
+
+    Raises ValueError if a field has an impossible value.
+    """
 
     model_type: ClassVar[str] = "llada"
 
@@ -47,7 +50,7 @@ class ModelConfig:
     n_layers: int
     vocab_size: int
     mask_token_id: int
-    n_kv_heads: int | None = None  # None: as many as n_heads
+    n_kv_heads: int | None = None  # None: n_heads
     mlp_hidden_size: int | None = None  # None: 4 x d_model
     embedding_size: int | None = None  # rows of embedding and head; None: vocab_size
     max_sequence_length: int = 4096
@@ -104,11 +107,15 @@ class ModelConfig:
 
     @property
     def head_size(self) -> int:
+        """The width of one attention head."""
         return self.d_model // self.n_heads
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "config.json") -> "ModelConfig":
-        """Reads the published keys; one ValueError lists every key that is missing or cannot be honoured."""
+        """Reads the keys of a published `config.json`; `source` names the file in errors.
+
+        Raises ValueError with every key that is missing or has a value that is not supported.
+        """
         problems = [
             f"{k}={values[k]!r} (only {v!r} is built)"
             for k, v in _FIXED.items()
@@ -146,6 +153,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, attention_mask, segment_ids, positions):
+        """Maps x [b, l, d] to (x of the next layer, None), the form that nn.scan needs."""
         cfg = self.config
 
         def linear(name, outputs, *axes):
@@ -187,9 +195,14 @@ class Block(nn.Module):
 class LLaDA(nn.Module):
     """A bidirectional transformer that predicts every token of a partly masked text (spec: Model).
 
-    `dtype` is the type of activations, `param_dtype` that of new parameters; `remat` one of `REMAT`;
-    `logps_chunk` the entries of the vocabulary whose logits `token_logps` holds at a time; `unroll` how many layers are
-    compiled one by one in the loop over layers (all of a small model's: faster; 1: the quickest to compile).
+    - `dtype` is the type of activations, `param_dtype` the type of new parameters.
+    - `remat` is a name in `REMAT`.
+    - `attention` is a name in `attention.IMPLEMENTATIONS`.
+    - `logps_chunk`: `token_logps` holds the logits of this many vocabulary entries at a time.
+    - `unroll` is the number of layers in one iteration of the loop over layers. 1 compiles
+      fastest. A small model runs faster with all of its layers in one iteration.
+
+    Raises ValueError if `remat` is unknown.
     """
 
     config: ModelConfig
@@ -201,6 +214,7 @@ class LLaDA(nn.Module):
     unroll: int = 1
 
     def setup(self):
+        """Declares the embedding, the loop over layers, the last norm and the head."""
         cfg = self.config
         if self.remat not in REMAT:
             raise ValueError(f"remat={self.remat!r} is not one of {', '.join(REMAT)}")
@@ -215,7 +229,8 @@ class LLaDA(nn.Module):
         )
         block = Block
         if self.remat != "none":
-            # Inside nn.scan the loop itself prevents the merging that prevent_cse guards against.
+            # prevent_cse stops XLA from merging the recomputation with the forward pass. If an
+            # iteration has one layer, the loop of nn.scan already stops that.
             block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=self.unroll > 1)
         self.blocks = nn.scan(
             block,
@@ -234,7 +249,7 @@ class LLaDA(nn.Module):
             )
 
     def _hidden(self, tokens, attention_mask, segment_ids, positions):
-        """Tokens [b, l] to the normed output [b, l, d] of the last layer."""
+        """Maps tokens [b, l] to the output [b, l, d] of the last layer, after the last norm."""
         if positions is None:
             positions = jnp.broadcast_to(
                 jnp.arange(tokens.shape[-1], dtype=jnp.int32), tokens.shape
@@ -255,10 +270,10 @@ class LLaDA(nn.Module):
         segment_ids: Int[Array, "..."] | None = None,
         positions: Int[Array, "..."] | None = None,
     ) -> Float32[Array, "*b l v"]:
-        """Logits of every position.
+        """The logits of every position.
 
-        A key is attended to where `attention_mask` is not 0 and its segment is the query's. `positions` default to
-        0, 1, ... along the row. All three broadcast to the shape of `tokens`.
+        A query attends to the keys of its own segment whose `attention_mask` is not 0. `positions`
+        default to 0, 1, ... along the row. All three arrays broadcast to the shape of `tokens`.
         """
 
         def rows(x):
@@ -279,13 +294,16 @@ class LLaDA(nn.Module):
         segment_ids: Int[Array, "b l"] | None = None,
         positions: Int[Array, "b l"] | None = None,
     ) -> Float32[Array, "b l"]:
-        """Log-probability, in nats, of each target at its position, from `logps_chunk` logits a position at a time."""
+        """The log-probability of each target at its position, in nats.
+
+        It holds `logps_chunk` logits of each position at a time.
+        """
         hidden = self._hidden(tokens, None, segment_ids, positions)
         return chunked_logps(hidden, self._head(), targets, self.logps_chunk)
 
 
 def num_params(config: ModelConfig) -> dict[str, int]:
-    """Number of parameters: "embedding" (with the head) and "layers" (with the last norm)."""
+    """The number of parameters: "embedding" (with the head) and "layers" (with the last norm)."""
     c = config
     attention = 2 * c.d_model * c.d_model + 2 * c.d_model * c.n_kv_heads * c.head_size
     layer = attention + 3 * c.d_model * c.mlp_hidden_size + 2 * c.d_model
@@ -294,10 +312,12 @@ def num_params(config: ModelConfig) -> dict[str, int]:
 
 
 def flops_per_token(config: ModelConfig, length: int) -> int:
-    """Floating-point operations of one forward pass for each token of a row of `length`, attention and head included.
+    """FLOPs per token of one forward pass of a row of `length`, with attention and head.
 
-    Two for each weight that multiplies (all but the embedding and the norms), and 4 length d_model a layer for
-    scores and mixing; a backward pass costs twice as much (51.4 GFLOP in all for LLaDA 8B at 4096).
+    Each weight that multiplies costs 2 (all weights but the embedding and the norms). Each layer
+    costs 4 x length x d_model more, for the attention scores and the weighted sum of the values.
+    A backward pass costs twice as much as a forward pass. Both together cost 51.4 GFLOP per token
+    for LLaDA 8B at 4096.
     """
     c = config
     weights = (

@@ -1,4 +1,4 @@
-"""Log-probabilities of target tokens, a part of the vocabulary at a time."""
+"""Log-probabilities of target tokens, computed in chunks of the vocabulary."""
 
 import math
 
@@ -11,6 +11,7 @@ from llada_jax.models.layers import cast, precision
 
 
 def head_logits(hidden: Float[Array, "*b d"], head: Float[Array, "d v"]) -> Float32[Array, "*b v"]:
+    """Logits: hidden @ head, in float32."""
     head = cast(head, hidden.dtype)
     return jnp.matmul(
         hidden, head, precision=precision(hidden.dtype), preferred_element_type=jnp.float32
@@ -20,27 +21,30 @@ def head_logits(hidden: Float[Array, "*b d"], head: Float[Array, "d v"]) -> Floa
 def chunked_logps(
     hidden: Float[Array, "b l d"], head: Float[Array, "d v"], targets: Int[Array, "b l"], chunk: int
 ) -> Float32[Array, "b l"]:
-    """log softmax(hidden @ head)[target], holding the logits of `chunk` entries of the vocabulary at a time.
+    """The log-probability of each target: log softmax(hidden @ head)[target], in nats.
 
-    The loop is over the vocabulary, not over positions, so that of a sharded head and of its gradient a device holds
-    one chunk whole at a time too. The backward pass computes each chunk's logits again.
+    It holds the logits of `chunk` vocabulary entries at a time. The backward pass recomputes the
+    logits of each chunk. The loop is over the vocabulary, not over positions. So if the head is
+    sharded, a device holds only one whole chunk of it, and of its gradient, at a time.
     """
     vocabulary = head.shape[1]
-    # Where the vocabulary is sharded, a chunk takes an equal part of every shard.
+    # If the vocabulary is sharded, a chunk takes an equal part of every shard.
     shards = _shards("vocab")
     shard, part = vocabulary // shards, -(-min(chunk, vocabulary) // shards)
     chunks = -(-shard // part)
-    wide = hidden.astype(
-        jnp.float32
-    )  # closed over as such, so that the chunks' gradients add up in float32
+    # The loop closes over float32, so that the gradients of the chunks are summed in float32.
+    wide = hidden.astype(jnp.float32)
 
     def logits_of(head, first):
-        """Logits of one chunk, -inf beyond a shard's end, and the target's where it is in the chunk."""
+        """The logits of one chunk, and the target's logit if it is in the chunk (else 0).
+
+        Logits beyond the end of a shard are -inf.
+        """
         logits = head_logits(wide.astype(hidden.dtype), head)
         place = first + jnp.tile(jnp.arange(part, dtype=targets.dtype), shards)
         entries = place + jnp.repeat(jnp.arange(shards, dtype=targets.dtype) * shard, part)
         logits = jnp.where(place < shard, logits, -jnp.inf) if shard % part else logits
-        # A comparison instead of a gather: it fuses, and its transpose is no scatter.
+        # A comparison instead of a gather: XLA fuses it, and its gradient needs no scatter.
         is_target = (entries == targets[..., None]) & (place < shard)
         return logits, jnp.sum(jnp.where(is_target, logits, 0), -1)
 
@@ -69,7 +73,7 @@ def chunked_logps(
 
 
 def _shards(axis: str) -> int:
-    """In how many parts the mesh in use splits a logical axis; 1 without a mesh."""
+    """The number of parts into which the current mesh splits a logical axis; 1 without a mesh."""
     names = nn.logical_to_mesh_axes((axis,))[0] if nn.get_logical_axis_rules() else None
     names = (names,) if isinstance(names, str) else names or ()
     return math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in names)

@@ -1,4 +1,4 @@
-"""The splash attention kernel of JAX on TPU."""
+"""JAX's splash attention kernel for TPU."""
 
 import functools
 import math
@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-# "splash": (queries, keys) a block by chip, forward and backward, each reduced to a divisor of L. Larger blocks mean
-# fewer passes over keys and values. These compile for the chips at head size 128; without a chip they are not tuned.
+# (queries, keys) in one block by chip, for the forward and the backward pass. Each is reduced to a
+# divisor of L. Larger blocks need fewer passes over keys and values. These sizes compile for the
+# chips at head size 128. They are not tuned, because there was no chip to run them on.
 SPLASH_BLOCKS = {
     "TPU v5 lite": ((1024, 1024), (512, 1024)),
     "TPU v6 lite": ((2048, 2048), (1024, 2048)),
@@ -18,6 +19,7 @@ SPLASH_DEFAULT = ((1024, 2048), (1024, 1024))
 
 
 def splash_limit(platform: str, length: int, head_size: int, dtype) -> str | None:
+    """Why this kernel cannot run; None if it can."""
     if platform not in ("tpu", "cpu"):
         return f"it runs on TPU, not on {platform}"
     if length % 128:
@@ -30,11 +32,16 @@ def splash_limit(platform: str, length: int, head_size: int, dtype) -> str | Non
 
 
 def splash_attend(query, key, value, queries_of, keys_of, *, platform: str, kind: str):
-    """Each device attends over its own rows and heads: the kernel knows nothing of meshes."""
+    """Attention for query, key and value [rows, L, heads, size].
+
+    A query attends to the keys with its own id. The ids `queries_of` and `keys_of` are [rows, L];
+    None means that every query attends to all keys of its row. Each device computes its own rows
+    and heads (shard_map), because the kernel knows no mesh.
+    """
 
     def local(query, key, value, queries_of, keys_of):
         kernel = _splash_kernel(query.shape[2], query.shape[1], kind, platform == "cpu")
-        # [heads, positions, size] is the kernel's form, and it does not scale.
+        # The kernel takes [heads, positions, size], and does not scale by 1 / sqrt(size).
         query, key, value = (
             jnp.swapaxes(x, 1, 2) for x in (query * query.shape[-1] ** -0.5, key, value)
         )
@@ -46,12 +53,16 @@ def splash_attend(query, key, value, queries_of, keys_of, *, platform: str, kind
         heads = nn.logical_to_mesh_axes(("act_rows", None, "act_heads"), rules)
         ids = nn.logical_to_mesh_axes(("act_rows",), rules)
         specs = (heads, heads, heads, ids, ids)
-        # Rows are filled up to what the devices share evenly: the last batch of a generation may be any number.
+        # Rows are padded to a multiple of the shards: the last batch of a generation may have any
+        # number of rows.
         shape = jax.sharding.get_abstract_mesh().shape
         padding = -rows % math.prod(shape[axis] for axis in ids[0])
-        # vma: the kernel's outputs do not say over which axes they vary.
+        # check_vma=False: the outputs of the kernel do not say over which mesh axes they vary.
         local = jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)
-    fill = lambda x: None if x is None else jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1))  # noqa: E731
+
+    def fill(x):
+        return None if x is None else jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1))
+
     return local(*(fill(x) for x in (query, key, value, queries_of, keys_of)))[:rows]
 
 

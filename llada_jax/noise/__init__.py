@@ -1,9 +1,14 @@
-"""Times and masks: the forward process, as masks and token weights (DESIGN: "An estimator is masks and token weights").
+"""The forward process: which tokens each draw masks, and how much each masked token weighs.
 
-A draw masks some response tokens of a row; its term for one segment is `sum over masked i of weights[i] * log p_i`, and
-the mean of the terms over the draws estimates the segment's ELBO. Every scheme is one entry in TIMES, MASKS or WEIGHTS:
-a function of uniform numbers that `draw_row` hands it, and what has to be known of it. Adding one is one function and
-one entry. docs/estimators.md has the formulas, docs/results.md what each is worth.
+A draw masks some response tokens of a row. Its term for one segment is the sum of
+weights[i] * log p_i over the masked tokens i. The mean of the terms over the draws estimates the
+ELBO of the segment (DESIGN: "An estimator is masks and token weights").
+
+A scheme is one function and one entry in TIMES, MASKS or WEIGHTS. `draw_row` calls the functions
+of the three tables in this order. They draw no random numbers: TIMES and MASKS get uniform ones
+from `draw_row`. The entry also records the properties of the scheme that `Scheme` checks. To add
+a scheme, write the function and add the entry. docs/estimators.md has the formulas,
+docs/results.md the measured variances.
 """
 
 from llada_jax.noise.arrays import Draws, Noise, Segments, of_segments, per_token

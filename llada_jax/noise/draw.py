@@ -1,9 +1,7 @@
-"""Times and masks: the forward process, as masks and token weights (DESIGN: "An estimator is masks and token weights").
+"""Draws masks and token weights for rows under a `Scheme`.
 
-A draw masks some response tokens of a row; its term for one segment is `sum over masked i of weights[i] * log p_i`, and
-the mean of the terms over the draws estimates the segment's ELBO. Every scheme is one entry in TIMES, MASKS or WEIGHTS:
-a function of uniform numbers that `draw_row` hands it, and what has to be known of it. Adding one is one function and
-one entry. `elbo.md` has the formulas and what each is worth.
+Only this module of the folder draws random numbers. Times, masks and weights are functions of
+them.
 """
 
 import jax
@@ -26,16 +24,20 @@ def draw_row(
     num_segments: int,
     scheme: Scheme,
 ) -> Noise:
-    """`scheme.n` draws for one row; draw j is sample j % n_yt of time j // n_yt.
+    """Makes `scheme.n` draws for one row.
 
-    Segments draw independently, but for what `scheme.share_in_pair` says of the two of a pair.
+    Draw j is sample j % n_yt of time j // n_yt. The segments of a row draw independently, except
+    that the two segments of a pair share what `scheme.share_in_pair` names.
+
+    Returns:
+        Noise with masked and weights [n, l].
     """
     response_mask = response_mask.astype(bool)
     index = jnp.where(response_mask, segment_ids - 1, num_segments).astype(jnp.int32)
     lengths = jnp.sum(index[:, None] == jnp.arange(num_segments), axis=0, dtype=jnp.int32)
     segments = Segments(index, lengths)
     key_t, key_y = jax.random.split(key)
-    # On (0, 1]: a time of 0 would mask nothing.
+    # Uniform on (0, 1]: a time of 0 would mask nothing.
     u = 1 - jax.vmap(lambda k: jax.random.uniform(k, (num_segments,)))(
         _draw_keys(key_t, scheme.n_t)
     )
@@ -63,7 +65,7 @@ def draw_rows(
     num_segments: int,
     scheme: Scheme,
 ) -> Noise:
-    """`draw_row` for each row under its own key: masked and weights [n, r, l]."""
+    """Applies `draw_row` to each row with its own key; masked and weights are [n, r, l]."""
 
     def one(key, response_mask, segment_ids):
         return draw_row(key, response_mask, segment_ids, num_segments=num_segments, scheme=scheme)
@@ -72,13 +74,16 @@ def draw_rows(
 
 
 def _draw_keys(key: Key[Array, ""], n: int) -> Key[Array, " n"]:
+    """One key for each draw."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(n))
 
 
 def _places_in_pair(segments: Segments) -> Int[Array, " l"]:
-    """Where each token finds its score: a pair's k-th response tokens both at k places after its first.
+    """The index of the score that each token uses if both segments of a pair share their masks.
 
-    A pair's tokens lie side by side, so those places are its own.
+    The k-th response tokens of winner and loser both use the score k places after the first
+    response token of the winner. The tokens of a pair are adjacent in the row, so no other pair
+    uses these scores.
     """
     places = jnp.arange(segments.index.size, dtype=jnp.int32)
     first = jnp.argmax(segments.index[:, None] == jnp.arange(segments.lengths.size), axis=0)

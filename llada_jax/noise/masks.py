@@ -1,7 +1,10 @@
-"""Which tokens each draw masks: one function and one entry of MASKS each.
+"""Mask schemes: which tokens each draw masks.
 
-A function maps (scores [n, l], t [n, s], segments, eps) to (masked [n, l], 1 / P(masked | t) [n, s]); scores are uniform.
-A scheme is unbiased if each draw alone has the distribution of its t; how the draws depend on each other is free."""
+Each scheme is one function and one entry of MASKS. The function maps
+(scores [n, l], t [n, s], segments, eps) to (masked [n, l], 1 / P(masked | t) [n, s]). The scores
+are uniform random numbers. A scheme is unbiased if the mask of each draw, taken alone, has the
+distribution that belongs to its t. The draws may depend on each other in any way.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,9 +21,10 @@ Masked = tuple[Bool[Array, "n l"], Float32[Array, "n s"]]
 def exact_masks(
     scores: Float32[Array, "n l"], t: Float32[Array, "n s"], segments: Segments, eps: float
 ) -> Masked:
-    """l = ceil(t L) tokens of each segment without replacement, weight L / l (equation 15).
+    """Masks l = ceil(t L) tokens of each segment without replacement; weight L / l (equation 15).
 
-    ceil on (0, 1] is the paper's floor(t L) + 1 on [0, 1): l is uniform on 1..L where t is uniform.
+    For uniform t, l is uniform on 1..L: ceil(t L) for t in (0, 1] does the same as the paper's
+    floor(t L) + 1 for t in [0, 1).
     """
     del eps
     counts = _counts(t, segments)
@@ -30,9 +34,10 @@ def exact_masks(
 def bernoulli_masks(
     scores: Float32[Array, "n l"], t: Float32[Array, "n s"], segments: Segments, eps: float
 ) -> Masked:
-    """Each token with probability p = (1 - eps) t + eps, weight 1 / p (equation 13; eps as in pre-training).
+    """Masks each token with probability p = (1 - eps) t + eps; weight 1 / p (equation 13).
 
-    Biased for eps > 0: p is uniform on (eps, 1], and the ELBO is an integral over (0, 1].
+    Pre-training uses eps > 0. The estimate is then biased: p is uniform on (eps, 1], but the ELBO
+    is an integral over (0, 1].
     """
     p = (1 - eps) * t + eps
     return scores < jax.vmap(per_token, (0, None))(p, segments), 1 / p
@@ -41,9 +46,10 @@ def bernoulli_masks(
 def coupled_masks(
     scores: Float32[Array, "n l"], t: Float32[Array, "n s"], segments: Segments, eps: float
 ) -> Masked:
-    """As "exact"; draws 2k and 2k + 1 take the two ends of one random permutation, so that they overlap the least.
+    """Masks as "exact"; draws 2k and 2k + 1 take opposite ends of one random permutation.
 
-    Either end of a uniform permutation is a uniform set of its size.
+    The two masks overlap as little as possible. Either end of a uniform random permutation is a
+    uniform random set of its size, so each mask alone is distributed as in "exact".
     """
     del eps
     counts = _counts(t, segments)
@@ -56,9 +62,11 @@ def coupled_masks(
 def cyclic_masks(
     scores: Float32[Array, "n l"], t: Float32[Array, "n s"], segments: Segments, eps: float
 ) -> Masked:
-    """As "exact"; the draws take one interval after the other of one random circle: tokens are masked equally often.
+    """Masks as "exact"; the draws take consecutive intervals of one random permutation.
 
-    Any interval of a uniform permutation is a uniform set of its size.
+    The permutation is closed to a circle, so that all tokens are masked equally often, give or
+    take one draw. Any interval of a uniform random permutation is a uniform random set of its
+    size, so each mask alone is distributed as in "exact".
     """
     del eps
     counts = _counts(t, segments)
@@ -68,11 +76,13 @@ def cyclic_masks(
 
 @dataclasses.dataclass(frozen=True)
 class MaskScheme:
-    """A function of MASKS and what has to be known of it."""
+    """An entry of MASKS: the function, and the properties that `Scheme` checks."""
 
     draw: Callable[[Array, Array, Segments, float], Masked]
-    block: int = 1  # how many consecutive draws share randomness; 0: all of them
-    by_count: bool = True  # t says how many tokens are masked; otherwise with which probability, and eps the least
+    block: int = 1  # how many consecutive draws share random numbers; 0: all draws
+    # True: t sets the number of masked tokens. False: t sets the probability that a token is
+    # masked, and eps the lowest such probability.
+    by_count: bool = True
 
 
 MASKS = {
@@ -84,12 +94,13 @@ MASKS = {
 
 
 def _counts(t: Float32[Array, "n s"], segments: Segments) -> Int[Array, "n s"]:
+    """The number of tokens that each draw masks in each segment, at least 1."""
     lengths = segments.lengths
     return jnp.clip(jnp.ceil(t * lengths).astype(jnp.int32), 1, jnp.maximum(lengths, 1))
 
 
 def _ranks(scores: Float32[Array, "n l"], segments: Segments) -> Int[Array, "n l"]:
-    """The place of each response token in its segment's tokens by score: a random permutation."""
+    """The rank of each response token's score in its segment: a random permutation."""
     places = jnp.arange(scores.shape[1], dtype=jnp.int32)
     starts = per_token(jnp.cumsum(segments.lengths) - segments.lengths, segments)
 
@@ -103,7 +114,7 @@ def _ranks(scores: Float32[Array, "n l"], segments: Segments) -> Int[Array, "n l
 def _intervals(
     ranks, starts: Int[Array, "n s"], counts: Int[Array, "n s"], segments: Segments
 ) -> Masked:
-    """Masks the `counts` ranks from `starts` on, around the circle of each segment's ranks."""
+    """Masks `counts` consecutive ranks from `starts` on; the last rank of a segment wraps to 0."""
     starts, sizes = (jax.vmap(per_token, (0, None))(x, segments) for x in (starts, counts))
     length = jnp.maximum(per_token(segments.lengths, segments), 1)
     return (ranks - starts) % length < sizes, segments.lengths / counts.astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""Scheme: one entry of each table, and which entries may go together."""
+"""Scheme: one entry of each table, with a check that the entries fit together."""
 
 import dataclasses
 
@@ -13,12 +13,21 @@ SHARED = ("nothing", "times", "masks")
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """How the Monte Carlo budget of n_t x n_yt draws is spent (equation 6).
+    """How to spend a Monte Carlo budget of n_t x n_yt draws (equation 6).
 
-    `eps` is for Bernoulli masks only, and biased above 0; `pseudo_count` for leave_one_out (how much its control
-    variates shrink) and balanced (how much its weights stay the plain ones).
-    `share_in_pair`: what a winner's draws (segment 2k + 1) have in common with its loser's (2k + 2): "nothing" as in
-    the paper, "times", or times and "masks", which are then alike token by token from the start of the responses.
+    `times`, `masks` and `weights` are names in TIMES, MASKS and WEIGHTS.
+
+    `eps` is for Bernoulli masks only. Above 0 it makes the estimate biased.
+
+    `pseudo_count` is for two entries of WEIGHTS. In "leave_one_out" a larger value shrinks the
+    control variates more. In "balanced" a larger value keeps the weights closer to "plain".
+
+    `share_in_pair` says what the draws of a winner (segment 2k + 1) and of its loser (2k + 2) have
+    in common. "nothing" is the paper's choice. "times" shares the times. "masks" shares times and
+    masks: the k-th response tokens of both have the same random score, so the masks are alike
+    token by token from the start of the responses.
+
+    Raises ValueError if a name is unknown or if two settings do not fit together.
     """
 
     n_t: int = 8
@@ -48,39 +57,43 @@ class Scheme:
             )
         if times.by_count and not masks.by_count:
             raise ValueError(
-                f"times={self.times!r} are counts of masked tokens: use masks by count, not {self.masks}"
+                f"times={self.times!r} are counts of masked tokens: "
+                f"use masks by count, not {self.masks}"
             )
         if self.pseudo_count < 0 or (self.pseudo_count and weights.pseudo_count == "unused"):
             takes = ", ".join(
                 name for name, each in WEIGHTS.items() if each.pseudo_count != "unused"
             )
             raise ValueError(
-                f"pseudo_count={self.pseudo_count}, weights={self.weights!r}: pseudo_count is at least 0, and 0 but "
-                f"for weights {takes}"
+                f"pseudo_count={self.pseudo_count}, weights={self.weights!r}: "
+                f"pseudo_count is at least 0, and 0 but for weights {takes}"
             )
         if weights.pseudo_count == "required" and not self.pseudo_count:
             raise ValueError(f"weights={self.weights!r} needs pseudo_count above 0, for example 1")
         if weights.divides and times.signed:
             raise ValueError(
-                f"weights={self.weights!r} divides by ratios, which may be 0 for times={self.times!r}: use other times"
+                f"weights={self.weights!r} divides by ratios, "
+                f"which may be 0 for times={self.times!r}: use other times"
             )
         if weights.independent and not self._independent().any():
             raise ValueError(
-                f"weights={self.weights!r} needs independent draws; n_t={self.n_t} times with masks={self.masks!r} "
-                "have none: use more times, or other masks"
+                f"weights={self.weights!r} needs independent draws; "
+                f"n_t={self.n_t} times with masks={self.masks!r} have none: "
+                "use more times, or other masks"
             )
 
     @property
     def n(self) -> int:
+        """The number of draws, n_t x n_yt."""
         return self.n_t * self.n_yt
 
     @property
     def biased(self) -> bool:
-        """Whether the estimate's expectation may differ from the ELBO."""
+        """Whether the expectation of the estimate may differ from the ELBO."""
         return TIMES[self.times].biased or WEIGHTS[self.weights].biased or self.eps > 0
 
     def _independent(self) -> np.ndarray:
-        """[n, n]: 1 where two draws have other times, and masks that are independent given those."""
+        """[n, n]: 1 where two draws have different times, and masks independent given the times."""
         draw = np.arange(self.n)
         block, time = draw // (MASKS[self.masks].block or self.n), draw // self.n_yt
         return ((block[:, None] != block) & (time[:, None] != time)).astype(np.float32)

@@ -1,9 +1,12 @@
-"""The times of the draws: one function and one entry of TIMES each.
+"""Time schemes: the times of the draws.
 
-A function maps (u, lengths) to (t, ratio, expected), all [n_t, s]; u is uniform on (0, 1], t is in (0, 1].
-A scheme is unbiased if mean_j[ratio_j * h(t_j)] has expectation E[h(t)], t uniform, for every h. `expected` is
-E[ratio_j | the other times]. Returning `ratio` for it is always valid, but makes leave_one_out a weaker control
-variate."""
+Each scheme is one function and one entry of TIMES. The function maps (u, lengths) to
+(t, ratio, expected), all [n_t, s]. u is uniform on (0, 1], and t is in (0, 1].
+
+A scheme is unbiased if mean_j[ratio_j * h(t_j)] has expectation E[h(t)], t uniform, for every h.
+`expected` is E[ratio_j | the other times]. Returning `ratio` for it is always valid, but makes
+leave_one_out a weaker control variate.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,9 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int
 
-Times = tuple[
-    Float32[Array, "t s"], Float32[Array, "t s"], Float32[Array, "t s"]
-]  # t, ratio, expected
+# t, ratio, expected.
+Times = tuple[Float32[Array, "t s"], Float32[Array, "t s"], Float32[Array, "t s"]]
 
 
 def iid_times(u: Float32[Array, "t s"], lengths: Int[Array, " s"]) -> Times:
@@ -29,14 +31,15 @@ def stratified_times(u: Float32[Array, "t s"], lengths: Int[Array, " s"]) -> Tim
 
 
 def systematic_times(u: Float32[Array, "t s"], lengths: Int[Array, " s"]) -> Times:
-    """Evenly spaced times with one random offset: each is stratified, all move together."""
+    """Evenly spaced times with one random offset: as "stratified", but all times move together."""
     return stratified_times(jnp.broadcast_to(u[:1], u.shape), lengths)
 
 
 def antithetic_times(u: Float32[Array, "t s"], lengths: Int[Array, " s"]) -> Times:
-    """Pairs t, 1 - t in draws 2k and 2k + 1, the t stratified over (0, 1/2]; an odd last draw is uniform on (0, 1].
+    """Pairs t, 1 - t as times 2k and 2k + 1, where t is stratified over (0, 1/2].
 
-    t and 1 - t of one pair are together uniform on the pair's two strata, and all strata together on (0, 1].
+    The mixture of t and 1 - t is uniform on the two strata of the pair, and the mixture of all
+    pairs is uniform on (0, 1]. If n_t is odd, the last time is uniform on (0, 1].
     """
     paired = u.shape[0] // 2 * 2
     low = (jnp.arange(paired // 2)[:, None] + u[0:paired:2]) / max(paired, 1)
@@ -45,19 +48,25 @@ def antithetic_times(u: Float32[Array, "t s"], lengths: Int[Array, " s"]) -> Tim
 
 
 def importance_times(u: Float32[Array, "t s"], lengths: Int[Array, " s"]) -> Times:
-    """Stratified draws of l with P(l) = sqrt(l / L) - sqrt((l - 1) / L), about 1 / (2 sqrt(l L)): small l more often.
+    """Stratified draws of l with P(l) = sqrt(l / L) - sqrt((l - 1) / L): small l more often.
 
-    A term's variance goes about as 1 / l, and its square root is the best density. ratio = (1 / L) / P(l) makes the
-    weighted count uniform. To each is added the mean of what the ratios of the other times lack of their expectations:
-    that has mean 0, and for n_t > 1 all add up to n_t, so that the whole ELBO is not weighed by chance. A ratio may
-    be below 0, in one row of twenty for n_t = 4 and L = 200, seldom where L < n_t^2. t is the middle of its l.
+    P(l) is about 1 / (2 sqrt(l L)). The variance of a term is about proportional to 1 / l, and the
+    best density is proportional to its square root. ratio = (1 / L) / P(l) is the importance
+    weight for l uniform on 1..L.
+
+    To each ratio we add the mean of (expected_k - ratio_k) over the other times k. The correction
+    has mean 0. For n_t > 1 it makes the n_t ratios sum to exactly n_t, so the overall scale of the
+    estimate is not random. A corrected ratio may be below 0: in one row of twenty for n_t = 4 and
+    L = 200, seldom if L < n_t^2.
+
+    t is the middle of the interval of its l, (l - 1/2) / L.
     """
     n = u.shape[0]
     length = jnp.maximum(lengths, 1).astype(jnp.float32)
 
-    def at(
-        v,
-    ):  # count, ratio = 1 / (L P(l)) without the difference of two roots, and its integral from 0 to v
+    def at(v):
+        """The count l at quantile v, its ratio, and the integral of the ratio from 0 to v."""
+        # ratio = 1 / (L P(l)), written without the difference of two roots.
         count = jnp.clip(jnp.ceil(jnp.square(v) * length), 1, length)
         ratio = (jnp.sqrt(count) + jnp.sqrt(count - 1)) / jnp.sqrt(length)
         return count, ratio, (count - 1) / length + (v - jnp.sqrt((count - 1) / length)) * ratio
@@ -71,9 +80,10 @@ def importance_times(u: Float32[Array, "t s"], lengths: Int[Array, " s"]) -> Tim
 
 
 def official_times(u: Float32[Array, "t s"], lengths: Int[Array, " s"]) -> Times:
-    """LLaDA's evaluation grid l_i = ((round(k + i L / n) - 1) mod L) + 1, k uniform on 1..L (spec: Objectives).
+    """The grid of LLaDA's evaluation: l_i = ((round(k + i L / n) - 1) mod L) + 1.
 
-    Biased where some i L / n ends in one half: rounding to even makes even l more frequent.
+    k is uniform on 1..L (spec: Objectives). Biased if some i L / n ends in one half: rounding to
+    even makes even l more frequent.
     """
     n = u.shape[0]
     length = jnp.maximum(lengths, 1)
@@ -85,9 +95,10 @@ def official_times(u: Float32[Array, "t s"], lengths: Int[Array, " s"]) -> Times
 
 
 def gauss_legendre_times(u: Float32[Array, "t s"], lengths: Int[Array, " s"]) -> Times:
-    """The n_t nodes of Gauss-Legendre quadrature on (0, 1) and their weights, without chance in t.
+    """The n_t nodes of Gauss-Legendre quadrature on (0, 1) and their weights; t is not random.
 
-    Biased: exact for polynomials in t up to degree 2 n_t - 1, and the conditional mean is none.
+    Biased: the quadrature is exact for polynomials in t up to degree 2 n_t - 1, but the mean of a
+    term given t is in general no such polynomial.
     """
     n = u.shape[0]
     nodes, weights = np.polynomial.legendre.leggauss(n)
@@ -98,12 +109,12 @@ def gauss_legendre_times(u: Float32[Array, "t s"], lengths: Int[Array, " s"]) ->
 
 @dataclasses.dataclass(frozen=True)
 class TimeScheme:
-    """A function of TIMES and what has to be known of it."""
+    """An entry of TIMES: the function, and the properties that `Scheme` checks."""
 
     draw: Callable[[Array, Array], Times]
     biased: bool = False
-    by_count: bool = False  # its times are counts of masked tokens: for masks by count only
-    signed: bool = False  # its ratios may be 0 or below
+    by_count: bool = False  # times stand for counts of masked tokens: needs masks by count
+    signed: bool = False  # ratios may be 0 or negative
 
 
 TIMES = {

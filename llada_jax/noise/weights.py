@@ -1,6 +1,8 @@
-"""What the log-probability of each masked token counts: one function and one entry of WEIGHTS each.
+"""Weight schemes: the weight of each masked token's log-probability.
 
-A function maps (draws, pseudo_count) to weights [n, l]."""
+Each scheme is one function and one entry of WEIGHTS. The function maps (draws, pseudo_count) to
+weights [n, l].
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,28 +15,36 @@ from llada_jax.noise.arrays import Draws, of_segments, per_token
 
 
 def plain_weights(draws: Draws, pseudo_count: float) -> Float32[Array, "n l"]:
-    """Every masked token counts what its draw says."""
+    """The weight of every masked token is ratio x inverse of its draw."""
     del pseudo_count
     return jnp.where(draws.masked, draws.ratio * draws.inverse, 0)
 
 
 def leave_one_out_weights(draws: Draws, pseudo_count: float) -> Float32[Array, "n l"]:
-    """Each draw has the other draws' log-probabilities of the same tokens as its control variate.
+    """Uses the other draws' log-probabilities of the same tokens as a control variate.
 
-    With a_i the mean of log p_i over the independent draws that mask i (`pseudo_count` c > 0: over those and c times
-    the mean over all their tokens), draw k becomes
-    expected_k sum_i a_i + ratio_k inverse_k sum_{i in m_k} (log p_i - a_i).
-    Unbiased: given the independent draws, E[inverse_k 1(i in m_k) | t_k] = 1 and E[ratio_k] = expected_k, so what a_i
-    adds has mean 0. Collected by log-probability, a sum of weights that depend on times and masks alone.
+    Let a_i be the mean of log p_i over the draws that are independent of draw k and mask token i
+    (0 if there are none). With `pseudo_count` c > 0, the mean over all tokens of those draws
+    enters a_i as c more draws of token i. The term of draw k becomes
+
+        expected_k sum_i a_i + ratio_k inverse_k sum_{i in m_k} (log p_i - a_i).
+
+    This is unbiased. Given the independent draws, E[inverse_k 1(i in m_k) | t_k] = 1 and
+    E[ratio_k] = expected_k, so the contributions of a_i have mean 0. Collecting the terms by
+    log-probability gives token weights that depend on times and masks alone.
     """
-    others = lambda x: jnp.matmul(draws.independent, x, precision=jax.lax.Precision.HIGHEST)  # noqa: E731
-    # [k, i]: mean 0 whatever the draws that are independent of k.
+
+    def others(x):
+        return jnp.matmul(draws.independent, x, precision=jax.lax.Precision.HIGHEST)
+
+    # [k, i]: has mean 0 given the draws that are independent of k.
     residual = draws.expected - draws.ratio * draws.inverse * draws.masked
     counts = others(draws.masked.astype(jnp.float32))
     residual = residual / (counts + pseudo_count if pseudo_count else jnp.maximum(counts, 1))
     extra = others(residual)
     if pseudo_count:
-        # What the mean over all tokens of a segment gets, for every draw k that it is a part of.
+        # a_i of draw k contains the mean over all tokens of a segment. This is the weight that
+        # each log-probability gets through that mean.
         totals = of_segments(counts, draws.segments)
         means = pseudo_count * of_segments(residual, draws.segments) / jnp.maximum(totals, 1)
         extra += others(jax.vmap(per_token, (0, None))(means, draws.segments))
@@ -42,13 +52,21 @@ def leave_one_out_weights(draws: Draws, pseudo_count: float) -> Float32[Array, "
 
 
 def balanced_weights(draws: Draws, pseudo_count: float) -> Float32[Array, "n l"]:
-    """Each draw's weights moved among the tokens it masks, so that all draws together count every token alike.
+    """Moves weight between the tokens of each draw, so that tokens get nearly equal total weights.
 
-    The best weights w under log p_i = a_i + noise: the least sum_ij w_ij^2 + (1 / c) sum_i (W_i - W)^2 with the sum of
-    each draw kept, W_i = sum_j w_ij, W = sum_j ratio_j, c = `pseudo_count` (variance of the noise over that of a). So
-    w_ij = mu_j - (sum_{k: i in m_k} mu_k - W) / (c + c_i), c_i the draws that mask i, mu by n linear equations.
-    Unbiased: tokens are exchangeable, so given the times and m_j every i in m_j has the same expected weight, and these
-    add up to the draw's ratio_j inverse_j |m_j|.
+    These are the best weights w for the model log p_i = a_i + noise. They minimise
+
+        sum_ij w_ij^2 + (1 / c) sum_i (W_i - W)^2
+
+    while each draw keeps the sum of its plain weights. Here W_i = sum_j w_ij and W = sum_j ratio_j.
+    c = `pseudo_count` is the variance of the noise divided by the variance of a. The solution is
+
+        w_ij = mu_j - (sum_{k: i in m_k} mu_k - W) / (c + c_i).
+
+    c_i is the number of draws that mask i. The n unknowns mu_j solve n linear equations.
+
+    This is unbiased. Tokens are exchangeable, so given the times and m_j, every i in m_j has the
+    same expected weight. These weights sum to ratio_j inverse_j |m_j|, as the plain ones do.
     """
     plain, masked = plain_weights(draws, pseudo_count), draws.masked.astype(jnp.float32)
     shrunk = masked / (pseudo_count + masked.sum(0))
@@ -69,9 +87,10 @@ def balanced_weights(draws: Draws, pseudo_count: float) -> Float32[Array, "n l"]
 
 
 def self_normalised_weights(draws: Draws, pseudo_count: float) -> Float32[Array, "n l"]:
-    """The weights of each token divided by their mean over the draws: biased, as a ratio of two means is.
+    """The plain weights of each token, divided by their mean over the draws.
 
-    A token that no draw masks counts nothing.
+    Biased, because the estimate is a ratio of two means. A token that no draw masks contributes
+    nothing.
     """
     weights = plain_weights(draws, pseudo_count)
     return jnp.where(draws.masked, weights / jnp.where(draws.masked, weights.mean(0), 1), 0)
@@ -79,13 +98,13 @@ def self_normalised_weights(draws: Draws, pseudo_count: float) -> Float32[Array,
 
 @dataclasses.dataclass(frozen=True)
 class WeightScheme:
-    """A function of WEIGHTS and what has to be known of it."""
+    """An entry of WEIGHTS: the function, and the properties that `Scheme` checks."""
 
     weigh: Callable[[Draws, float], Array]
     biased: bool = False
-    pseudo_count: str = "unused"  # or "optional", or "required"
-    independent: bool = False  # needs draws that are
-    divides: bool = False  # by ratios
+    pseudo_count: str = "unused"  # "unused", "optional" or "required"
+    independent: bool = False  # needs draws that are independent of each other
+    divides: bool = False  # divides by weights, so ratios must not be 0
 
 
 WEIGHTS = {

@@ -29,8 +29,9 @@ def model_terms(
     def draws_as_rows(count, batched, params, *arrays):
         if any(jax.tree.leaves(batched[0])):
             raise NotImplementedError("model_terms under a vmap over parameters: use jax.lax.map")
-        # The vmapped draws of a row become neighbouring rows: one product has one axis of positions, where XLA's CPU
-        # backend would transpose for the gradient of two. Rows stay outermost, as they are sharded.
+        # The draws of a row become neighbouring rows, so that each matrix product has one axis of
+        # positions. With two, XLA's CPU backend would transpose for the gradient. Rows stay
+        # outermost, because they are sharded.
         arrays = [
             jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
             if by_draw

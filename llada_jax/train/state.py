@@ -23,9 +23,8 @@ class TrainState:
 
 
 def _create(model: nn.Module, tx: optax.GradientTransformation):
-    model = model.clone(
-        attention="xla"
-    )  # two tokens are enough to make the parameters, too few for a kernel
+    # Two tokens are enough to make the parameters, and too few for an attention kernel.
+    model = model.clone(attention="xla")
 
     def create(key):
         params = model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]

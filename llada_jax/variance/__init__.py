@@ -1,19 +1,26 @@
-"""The laboratory: how much ELBO estimates, scores, losses and gradients vary, and why. `python -m llada_jax.variance`.
+"""The laboratory: how much ELBO estimates, scores, losses and gradients vary, and why.
 
-Everything here takes any model. For example, one whose log-probabilities depend on how many tokens are masked alone:
-all variance then comes from the time (V_t), and none from which tokens are masked (V_yt).
+The command is `python -m llada_jax.variance`; the functions work with any model. In this example,
+the log-probabilities depend only on the number of masked tokens. So all variance comes from the
+time (V_t), and none from the choice of the masked tokens (V_yt).
 
     >>> import jax, jax.numpy as jnp
     >>> from llada_jax import elbo, variance
     >>> def logits_fn(tokens):  # three tokens and the mask, id 3
     ...     masks = jnp.sum(tokens == 3, -1)[..., None, None]
-    ...     return jnp.broadcast_to(masks * jnp.array([1.0, 0.0, 0.0, -jnp.inf]), (*tokens.shape, 4))
+    ...     logits = masks * jnp.array([1.0, 0.0, 0.0, -jnp.inf])
+    ...     return jnp.broadcast_to(logits, (*tokens.shape, 4))
     >>> tokens, response = jnp.zeros((1, 6), int), jnp.arange(6)[None] >= 2
-    >>> estimate = elbo.estimate_elbo(jax.random.key(0), logits_fn, tokens, response, mask_id=3, n_t=512, n_yt=2)
+    >>> estimate = elbo.estimate_elbo(
+    ...     jax.random.key(0), logits_fn, tokens, response, mask_id=3, n_t=512, n_yt=2
+    ... )
     >>> found = variance.decompose(estimate.terms)
-    >>> per_count = jnp.array([4 * (l - jnp.log(jnp.exp(l) + 2)) for l in range(1, 5)])  # the term at l masked tokens
-    >>> bool(jnp.abs(found.v_t - per_count.var()) < 4 * found.v_t_stderr), bool(jnp.abs(found.v_yt) < 1e-6)
-    (True, True)
+    >>> # The term at l masked tokens:
+    >>> per_count = jnp.array([4 * (l - jnp.log(jnp.exp(l) + 2)) for l in range(1, 5)])
+    >>> bool(jnp.abs(found.v_t - per_count.var()) < 4 * found.v_t_stderr)
+    True
+    >>> bool(jnp.abs(found.v_yt) < 1e-6)
+    True
 """
 
 from llada_jax.variance.decomposition import (

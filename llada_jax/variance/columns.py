@@ -1,12 +1,12 @@
-"""The columns of the laboratory's table: the paper's six and ours."""
+"""The estimators that the laboratory measures by default: the paper's six and ours."""
 
 import dataclasses
 
 from llada_jax import noise
 from llada_jax.variance.problem import Estimator
 
-UP_PROJ = "blocks/up_proj/kernel[0]"  # what the paper measured
-# The six columns of Table 2, base first.
+UP_PROJ = "blocks/up_proj/kernel[0]"  # the paper measured the gradient of this parameter
+# The six columns of the paper's Table 2; the first is its base.
 TABLE_2 = tuple(
     Estimator(noise.Scheme(n_t, n_yt), shared, f"{n_t} x {n_yt}{'' if shared else ', not shared'}")
     for n_t, n_yt, shared in (
@@ -16,7 +16,7 @@ TABLE_2 = tuple(
         (1, 4, True),
         (2, 2, True),
         (4, 1, False),
-    )  # fmt: skip
+    )
 )
 OURS = (
     "n_t=4,times=stratified",
@@ -35,11 +35,14 @@ OURS = (
 
 
 def parse_scheme(text: str) -> Estimator:
-    """ "n_t=4,times=stratified,share_noise=no" to an Estimator of that name; ValueError for what no Scheme has."""
+    """Parses a text such as "n_t=4,times=stratified,share_noise=no" to an Estimator of that name.
+
+    Raises ValueError if an item is not NAME=VALUE for share_noise or a field of Scheme.
+    """
     types = {field.name: type(field.default) for field in dataclasses.fields(noise.Scheme)}
     values, shared = {}, True
     for item in filter(None, text.split(",")):
-        name, equals, value = (part.strip() for part in item.partition("="))
+        name, _, value = (part.strip() for part in item.partition("="))
         if name == "share_noise" and value in ("yes", "no"):
             shared = value == "yes"
             continue
@@ -47,6 +50,7 @@ def parse_scheme(text: str) -> Estimator:
             values[name] = types[name](value)
         except (KeyError, ValueError):
             raise ValueError(
-                f"--schemes: {item!r} in {text!r} sets nothing: NAME=VALUE of share_noise=yes|no, {', '.join(types)}"
+                f"--schemes: {item!r} in {text!r} sets nothing: "
+                f"NAME=VALUE of share_noise=yes|no, {', '.join(types)}"
             ) from None
     return Estimator(noise.Scheme(**values), shared, text)

@@ -8,7 +8,11 @@ from jaxtyping import Array, Float
 
 @flax.struct.dataclass
 class Decomposition:
-    """Lemma 5: the variance of one term is V_t, of its mean given the time, plus V_yt, the mean of that given it."""
+    """V_t and V_yt with standard errors; the variance of one term is V_t + V_yt (Lemma 5).
+
+    V_t is the variance of the term's mean given the time. V_yt is the mean of the term's variance
+    given the time.
+    """
 
     v_t: Float[Array, "*b"]
     v_yt: Float[Array, "*b"]
@@ -17,9 +21,10 @@ class Decomposition:
 
 
 def decompose(terms: Float[Array, "t y *b"]) -> Decomposition:
-    """V_t and V_yt from n_t x n_yt nested draws, unbiased, with jackknife standard errors over the times.
+    """Estimates V_t and V_yt from nested draws: n_t times and n_yt samples at each.
 
-    Unbiased, V_t may come out below 0. ValueError for fewer than three times or two samples at each.
+    Both estimates are unbiased, so V_t may come out below 0. The standard errors are jackknife
+    errors over the times. Raises ValueError for fewer than 3 times or 2 samples at each.
     """
     n_t, n_yt = terms.shape[:2]
     if n_t < 3 or n_yt < 2:
@@ -29,7 +34,7 @@ def decompose(terms: Float[Array, "t y *b"]) -> Decomposition:
     within, means = terms.var(1, ddof=1), terms.mean(1)
     deviation = jnp.square(means - means.mean(0))
     between = deviation.sum(0) / (n_t - 1)
-    # Without one time each: what is left of the sum of squares.
+    # Leave out one time: the variances between and within the remaining times.
     between_but = (deviation.sum(0) - n_t / (n_t - 1) * deviation) / (n_t - 2)
     within_but = (within.sum(0) - within) / (n_t - 1)
 
@@ -47,17 +52,21 @@ def decompose(terms: Float[Array, "t y *b"]) -> Decomposition:
 def predicted_variance(
     v_t: Array | float, v_yt: Array | float, n_t: int, n_yt: int
 ) -> Array | float:
-    """Lemma 5: the variance of the mean of n_t x n_yt terms with iid times and plain weights."""
+    """The variance of the mean of n_t x n_yt terms, for iid times and plain weights (Lemma 5)."""
     return v_t / n_t + v_yt / (n_t * n_yt)
 
 
 def decompose_norms(
     squares: np.ndarray, of_times: np.ndarray, of_all: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Traces V_t and V_yt [p] of n_t x n_yt nested gradients, as `decompose` finds them, from squared norms of p parts.
+    """The traces of V_t and V_yt [p] of nested gradients, from squared norms of p parts.
 
-    A gradient comes in k independent summands, whose variances add up: `squares` [t, y, k, p] of each, `of_times`
-    [t, k, p] of the sum at each time, `of_all` [k, p] of the sum of all.
+    The estimators are as in `decompose`. Each gradient is the sum of k independent summands,
+    whose variances add up. The squared norms are, for each summand:
+
+    - `squares` [t, y, k, p] of each draw,
+    - `of_times` [t, k, p] of the sum over the samples at each time,
+    - `of_all` [k, p] of the sum over all draws.
     """
     n_t, n_yt = squares.shape[:2]
     within = (squares.sum(1) - of_times / n_yt).mean(0) / (n_yt - 1)

@@ -1,4 +1,4 @@
-"""Moments of gradients, streamed: never a second gradient."""
+"""Moments of gradients, streamed: one running sum in memory, not all gradients."""
 
 import re
 from typing import Any
@@ -13,35 +13,38 @@ EVERYTHING = "all parameters"
 
 @flax.struct.dataclass
 class Moments:
-    """The running sum of gradients, and of their squared norms, of every named part: never a second gradient.
+    """The sum of gradients so far, and the sums of the squared norms of p named parts.
 
-    Fields are Any because a pytree of this shape may also hold shardings.
+    Memory holds the sum, not the gradients in it. Fields are Any because a pytree of this shape
+    may also hold shardings.
     """
 
-    total: Any  # like a gradient, float32
+    total: Any  # float32, shaped like a gradient
     squares: Any  # float32 [p]
     count: Any  # float32 []
 
     @classmethod
     def zero(cls, params: Any, parts: tuple[str, ...]) -> "Moments":
-        """No gradient so far; sums lie where the parameters lie."""
+        """Moments of no gradient; the sums have the shardings of the parameters."""
         total = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params)
         return cls(total, jnp.zeros(len(parts)), jnp.zeros(()))
 
     def add(self, grads: Any, parts: tuple[str, ...]) -> "Moments":
-        """One gradient more."""
+        """Returns the moments with one more gradient."""
         total = jax.tree.map(lambda a, g: a + g.astype(jnp.float32), self.total, grads)
         return Moments(total, self.squares + squared_norms(grads, parts), self.count + 1)
 
     def trace(self, parts: tuple[str, ...]) -> Float32[Array, " p"]:
-        """tr Var of one gradient, unbiased, of every part."""
+        """The trace of the variance of one gradient, for every part; unbiased."""
         return (self.squares - squared_norms(self.total, parts) / self.count) / (self.count - 1)
 
 
 def squared_norms(tree: Any, parts: tuple[str, ...]) -> Float32[Array, " p"]:
-    """|gradient|^2 of every part: EVERYTHING, a path as "blocks/up_proj/kernel", or "...[0]", its first index (layer).
+    """The squared norm of every part of a gradient.
 
-    ValueError for a part that is not there.
+    A part is EVERYTHING, the path of a parameter such as "blocks/up_proj/kernel", or a path with
+    an index of the first axis (the layer), such as "blocks/up_proj/kernel[0]".
+    Raises ValueError if a part does not exist.
     """
     leaves = {
         "/".join(str(getattr(k, "key", k)) for k in path): x

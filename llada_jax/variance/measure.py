@@ -1,6 +1,7 @@
-"""The command of the laboratory: measures estimators on two models and preference pairs, batch by batch.
+"""The command of the laboratory: measures estimators on two models and preference pairs.
 
-Every batch and estimator leaves a file, so that the same command goes on where it was stopped.
+It saves one file for each batch and estimator, so that the same command continues where it was
+stopped.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from llada_jax.variance.problem import NESTED_EPOCH, TRUTH_EPOCH, Estimator, Pro
 
 
 class Run:
-    """What is measured, compiled once an estimator; results are files under `out`."""
+    """One measurement: models, rows and estimators; its results are files under `out`."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -87,7 +88,8 @@ class Run:
         configs = [loading.read_config(path) for path in (args.policy, args.reference)]
         if configs[0] != configs[1]:
             raise ValueError(
-                f"--policy={args.policy} and --reference={args.reference} are different architectures"
+                f"--policy={args.policy} and --reference={args.reference} "
+                "are different architectures"
             )
         boxed = models.boxed_shapes(configs[0])
         if parts:  # a --part that is not there shows before a weight is read
@@ -110,7 +112,8 @@ class Run:
         shardings = mesh.shardings(self.mesh, boxed)
         model, self.params = loading.load(args.policy, args.dtype, shardings)
         self.reference = loading.load(args.reference, args.dtype, shardings)[1]
-        # A path says little: a workdir is its newest checkpoint. All hosts take part, so here and not in `identity`.
+        # The path of a model does not identify it: a workdir means its newest checkpoint. All hosts
+        # must compute the fingerprint together. So it is here and not in `identity`.
         self.weights = {
             f"weights of the {name}": hashing.fingerprint(params)
             for name, params in (("policy", self.params), ("reference", self.reference))
@@ -118,7 +121,7 @@ class Run:
         return model.clone(remat=args.remat), rows
 
     def identity(self) -> dict:
-        """All that a result depends on."""
+        """All settings and inputs that a result depends on."""
         names = (
             "policy",
             "reference",
@@ -135,14 +138,14 @@ class Run:
         return kept | self.weights | {"rows": self.rows.fingerprint, "noise": noise.FORMAT}
 
     def batches(self) -> Iterator:
-        """Global batches of the rows, each once, in order, whatever share of them each host loads."""
+        """The global batches, each once and in order, for any number of hosts that load them."""
         hosts = Parallel("mesh", self.mesh)
         index, count = hosts.shard
         loader = batches_lib.loader(
             self.rows, batch_rows=self.args.batch_rows, seed=0, shuffle=False, epochs=1, pad=True,
             shard_index=index, shard_count=count,
         )  # fmt: skip
-        # Padding has row ids below 0; it goes last.
+        # Padding has row id -1. As uint32 this is the largest number: it comes last.
         in_order = jax.jit(
             lambda batch: jax.tree.map(
                 lambda x: x[jnp.argsort(batch.row_ids.astype(jnp.uint32))], batch
@@ -152,7 +155,7 @@ class Run:
         return (in_order(hosts.put(batch)) for batch in loader)
 
     def measure(self) -> list[dict]:
-        """Computes what is not on disk yet; returns the results of every batch, by estimator name."""
+        """Computes the results not yet on disk; returns a dict by estimator for every batch."""
         args, problem = self.args, self.problem
         everywhere = mesh.replicated(self.mesh)
         like = jax.tree.map(lambda x: x.sharding, self.params) if problem.gradient else None
@@ -202,7 +205,10 @@ class Run:
         return found
 
     def _truth(self, batch) -> tuple[dict, Any]:
-        """The high-budget estimate and its gradient: the mean of two halves, whose difference says how good it is."""
+        """The high-budget estimate and its gradient.
+
+        Both are the mean of two halves, whose difference gives their error.
+        """
         half = Estimator(noise.Scheme(self.args.truth // 2, times="stratified"))
         halves = [
             self._estimate(
@@ -247,14 +253,16 @@ class Run:
         mean_error = jax.tree.map(lambda a, t: a / moments[0].count - t, moments[0].total, truth[1])
         values |= {name: np.stack([np.asarray(norm[name]) for norm in norms]) for name in norms[0]}
         values["mean_error"] = np.asarray(self._norms(mean_error))
-        for name, of in zip(
-            ("trace", "score trace"), moments, strict=False
-        ):  # the second for one pair alone
+        # There are moments of the score's gradient only for batches of one pair.
+        for name, of in zip(("trace", "score trace"), moments, strict=False):
             values[name] = np.asarray(of.trace(self.problem.parts))
         return values
 
     def _nested_draws(self, batch, truth) -> dict:
-        """nested_t times, nested_yt samples at each, of the terms and of the gradient made linear at the truth."""
+        """The nested draws: nested_t times, and nested_yt samples at each.
+
+        Their gradient is that of the loss linearised at the true scores.
+        """
         elbos = truth[0]["elbos"].mean(0)
         ratio = elbos[0] - elbos[1]
         scores = jnp.asarray(self.args.beta * (ratio[:, 0::2] - ratio[:, 1::2]))
@@ -320,21 +328,21 @@ def _slug(name: str) -> str:
 
 
 def _check_identity(run: Run):
-    """A folder holds results of one measurement only."""
+    """Raises ValueError if the folder holds the results of another measurement."""
     path, mine = run.out / "settings.json", run.identity()
     if path.exists():
         there = json.loads(path.read_text())
         if changed := [k for k, v in mine.items() if there.get(k) != v]:
             raise ValueError(
-                f"{run.out} holds results with other {', '.join(f'{k}={there.get(k)!r}' for k in changed)}: "
-                "give another --out"
+                f"{run.out} holds results with other "
+                f"{', '.join(f'{k}={there.get(k)!r}' for k in changed)}: give another --out"
             )
     elif hosts_lib.is_first():
         write_whole(path, json.dumps(mine, indent=1) + "\n")
 
 
 def run(args: argparse.Namespace) -> str:
-    """Does what the flags say; returns the table."""
+    """Measures as the flags say; returns the table as text, or "" on all hosts but the first."""
     this = Run(args)
     agree.check_shared(this.out)
     _check_identity(this)
@@ -342,7 +350,7 @@ def run(args: argparse.Namespace) -> str:
         found = this.measure()
     if not hosts_lib.is_first():
         return ""
-    # Positions of a row that one pair takes, for the cost of a model call.
+    # The mean number of positions of one pair, for the cost of a model call.
     tokens = this.rows.stats.tokens / this.rows.stats.samples
     flops_per_token = models.family_of(this.model.config).flops_per_token
     flops = flops_per_token(this.model.config, this.rows.row_length) * tokens

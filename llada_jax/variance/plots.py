@@ -1,11 +1,12 @@
-"""Plots of what was measured."""
+"""Plots of the table of the laboratory."""
 
 import numpy as np
 from etils import epath
 
 
 def plot(table: dict, out: epath.Path) -> None:
-    from matplotlib import pyplot, ticker
+    """Writes variance.png, bias.png and terms.png to `out`."""
+    from matplotlib import pyplot, ticker  # noqa: PLC0415  # only plots need matplotlib
 
     columns = table["columns"]
     panels = [
@@ -24,7 +25,7 @@ def plot(table: dict, out: epath.Path) -> None:
         1, len(panels), figsize=(2.6 * len(panels), 4), layout="constrained"
     )
     lines = {}
-    for name, column in columns.items():  # one line an estimator: its settings apart from n_t
+    for name, column in columns.items():  # one line for all n_t of the same other settings
         label = (
             ",".join(p for p in name.split(",") if not p.startswith("n_t="))
             if "=" in name
@@ -35,9 +36,9 @@ def plot(table: dict, out: epath.Path) -> None:
     colors = pyplot.get_cmap("turbo")(np.linspace(0.05, 0.95, len(lines)))
     for ax, panel in zip(np.atleast_1d(axes), panels, strict=True):
         for k, (label, members) in enumerate(lines.items()):
-            members = sorted(members, key=lambda c: c["model calls"])
-            calls = [c["model calls"] for c in members]
-            values, low, high = np.array([c[panel] for c in members]).T
+            in_order = sorted(members, key=lambda c: c["model calls"])
+            calls = [c["model calls"] for c in in_order]
+            values, low, high = np.array([c[panel] for c in in_order]).T
             style = {
                 "color": colors[k],
                 "marker": "osvD^"[k % 5],
@@ -46,7 +47,7 @@ def plot(table: dict, out: epath.Path) -> None:
                 "lw": 1,
                 "label": label,
             }
-            # Apart from each other where many have the same n.
+            # Shift the markers of different lines, which may have the same n.
             shifted = np.array(calls) * 2 ** (0.02 * (k - len(lines) / 2))
             ax.errorbar(shifted, values, [values - low, high - values], **style)
         title = panel.replace(": ", "\n").replace("/kernel", "")

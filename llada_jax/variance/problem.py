@@ -1,4 +1,4 @@
-"""One estimate of the scores, the loss and the gradient of a batch of preference pairs."""
+"""One estimate of scores, loss and gradient for a batch of preference pairs."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,16 +11,17 @@ from jaxtyping import Array
 from llada_jax import elbo, losses, noise
 from llada_jax.variance.gradients import EVERYTHING, Moments, squared_norms
 
-# (params, batch, noise) -> terms [n, r, s] of every draw and segment of packed preference rows.
+# (params, batch, noise) -> terms [n, r, s] of all draws and segments of packed preference rows.
 TermsFn = Callable[[Any, Any, noise.Noise], Array]
 
 
-TRUTH_EPOCH, NESTED_EPOCH = 1_000_000, 2_000_000  # passes over the data whose noise no repeat draws
+# Epochs of the truth and of the nested draws. Repeats are epochs 0, 1, ..., with other noise.
+TRUTH_EPOCH, NESTED_EPOCH = 1_000_000, 2_000_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimator:
-    """One column of a table: a scheme, and whether the reference policy sees the policy's noise."""
+    """One column of a table: a scheme, and whether the reference policy gets the policy's noise."""
 
     scheme: noise.Scheme
     share_noise: bool = True
@@ -29,17 +30,23 @@ class Estimator:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What is estimated: preference scores of packed rows under `terms_fn`, and the gradient of their mean loss."""
+    """What is estimated: preference scores of packed rows, and the gradient of their mean loss.
+
+    `terms_fn` computes the ELBO terms. `parts` are the parts of the gradient to measure (see
+    `squared_norms`).
+    """
 
     terms_fn: TermsFn
     beta: float = 0.2
     seed: int = 0
     parts: tuple[str, ...] = (EVERYTHING,)
     gradient: bool = True
-    one_pair: bool = False  # every batch holds one: its score's gradient, and winner's and loser's apart, can be had
+    # Every batch holds one pair. Then the gradient of its score is measured too, and `nested`
+    # separates the gradients of winner and loser.
+    one_pair: bool = False
 
     def zero(self, params: Any) -> tuple[Moments, ...] | None:
-        """Moments of no gradient so far, as `repeat` and `nested` count them; None where none are asked for."""
+        """Empty moments for `repeat` and `nested`; None if no gradients are measured."""
         return (
             tuple(Moments.zero(params, self.parts) for _ in range(1 + self.one_pair))
             if self.gradient
@@ -47,7 +54,7 @@ class Problem:
         )
 
     def draw(self, batch: Any, scheme: noise.Scheme, epoch: Array, stream: str) -> noise.Noise:
-        """Noise of repeat `epoch` of a batch: a function of seed, stream, row and repeat."""
+        """The noise of repeat `epoch` of a batch: a function of seed, stream, row and repeat."""
         keys = noise.row_keys(
             noise.stream_key(self.seed, stream), batch.row_ids, jnp.full_like(batch.row_ids, epoch)
         )
@@ -60,14 +67,17 @@ class Problem:
         )
 
     def is_pair(self, batch: Any) -> Array:
-        """[r, p]: which places of a row hold a pair."""
+        """[r, p]: True where the row has its p-th pair."""
         winners = jnp.arange(1, batch.num_segments, 2)
         return jnp.any(
             (batch.segment_ids[..., None] == winners) & batch.response_mask[..., None], axis=1
         )
 
     def sums(self, params: Any, reference: Any, batch: Any, epoch: Array, estimator: Estimator):
-        """The mean preference loss of the batch's pairs, the sum of their scores, ELBOs [2, r, s] of both models."""
+        """(mean preference loss of the pairs, sum of their scores, ELBOs [2, r, s]).
+
+        The ELBOs are those of the policy and of the reference.
+        """
         drawn = self.draw(batch, estimator.scheme, epoch, "evaluate")
         other = (
             drawn
@@ -84,10 +94,12 @@ class Problem:
         return loss / jnp.maximum(pairs.sum(), 1), score, jnp.stack([policy, frozen])
 
     def estimate(self, params: Any, reference: Any, batch: Any, epoch: Array, estimator: Estimator):
-        """(gradients, ELBOs of policy and reference [2, r, s]); None for gradients where none are asked for.
+        """(gradients, ELBOs [2, r, s] of policy and reference).
 
-        Gradients are that of the mean loss and, for one pair, that of its score: the loss has it times
-        -sigmoid(-score), which is 0 where the score is large.
+        The gradients are a tuple: of the mean loss and, for one pair, of its score. They are None
+        if no gradients are measured. For one pair the score is differentiated, and the gradient
+        of the loss is -sigmoid(-score) times the gradient of the score. The other way round would
+        divide by this factor, which is 0 if the score is large.
         """
         if not self.gradient:
             return None, self.sums(params, reference, batch, epoch, estimator)[2]
@@ -105,7 +117,8 @@ class Problem:
     def repeat(self, params, reference, batch, epoch, moments, truth: Any, *, estimator: Estimator):
         """One repeat: (ELBOs [2, r, s], moments of the gradients, norms of every part).
 
-        Norms: "error", of the loss's gradient - truth; for one pair "score gradient" as well.
+        The norms are "error", of the loss's gradient minus `truth`, and for one pair also
+        "score gradient".
         """
         gradients, elbos = self.estimate(params, reference, batch, epoch, estimator)
         if gradients is None:
@@ -121,11 +134,15 @@ class Problem:
         )
 
     def nested(self, params, reference, batch, epoch, scores: Array, *, n_yt: int):
-        """One time of the nested draws: terms [2, y, r, s], shares l / L [y, r, s], moments and squares of gradients.
+        """The nested draws at one time: (terms, masked shares, moments, squared norms).
 
-        The gradient is that of the loss made linear at `scores` [r, p], so that it is a mean of terms and Lemma 5
-        holds for it: V_t and V_yt then predict the gradient's variance where the score's error is small. For one pair
-        it comes in two independent summands, winner's and loser's, each with its time: squared norms [y, 2, p].
+        Shapes: terms [2 (policy, reference), y, r, s], shares l / L [y, r, s], squared norms of
+        the gradients [y, k, p].
+
+        The gradient is that of the loss linearised at `scores` [r, p]. It is then a mean of terms,
+        so Lemma 5 holds for it, and V_t and V_yt predict the variance of the gradient if the error
+        of the score is small. For one pair the gradient is kept as k = 2 independent summands,
+        winner and loser, each with its own time. Otherwise k = 1.
         """
         drawn = self.draw(batch, noise.Scheme(1, n_yt), epoch, "evaluate")
         slope = -jax.nn.sigmoid(-scores) * self.beta * self.is_pair(batch)
@@ -159,7 +176,10 @@ class Problem:
 def terms_of(
     logits_fn: Callable[[Any, Array], Array], *, mask_id: int
 ) -> TermsFn:
-    """A TermsFn for `logits_fn(params, tokens [..., l]) -> logits`, for rows that it takes as they are."""
+    """A TermsFn for `logits_fn(params, tokens [..., l]) -> logits`.
+
+    `logits_fn` gets the tokens of whole rows, without segment ids and positions.
+    """
 
     def terms_fn(params, batch, drawn):
         def logps_fn(tokens, targets):

@@ -1,4 +1,4 @@
-"""Tables and plots of what `variance_run` measured."""
+"""Tables of the results of `measure`: as a dict, as text, and as files."""
 
 import csv
 import json
@@ -13,8 +13,10 @@ from llada_jax.variance import statistics as statistics_lib
 from llada_jax.variance.plots import plot
 from llada_jax.variance.problem import Estimator
 
-COST_OF_VALUE = 2  # forward passes of one draw: policy and reference
-COST_OF_GRADIENT = 4  # the policy's backward pass is two more
+# The cost of one draw in forward passes: one of the policy and one of the reference. The backward
+# pass of the policy costs two more.
+COST_OF_VALUE = 2
+COST_OF_GRADIENT = 4
 
 
 def tabulate(
@@ -25,10 +27,11 @@ def tabulate(
     beta: float,
     flops: float,
 ) -> dict:
-    """The results of all batches as one dict of plain numbers: what table.json holds.
+    """The results of all batches as one dict of plain numbers, the contents of table.json.
 
-    `found`: by batch, {"truth", "nested" and estimator names: arrays}; `flops`: of one forward pass of a pair.
-    Confidence intervals (2.5 %, 97.5 %) resample pairs, or, for gradients, batches.
+    `found` has one dict for each batch: arrays under "truth", "nested" and the estimator names.
+    `flops` is the cost of one forward pass of a pair. Confidence intervals (2.5 %, 97.5 %)
+    resample pairs or, for gradients, batches.
     """
     kept = [batch["truth"]["is_pair"] for batch in found]
 
@@ -53,8 +56,11 @@ def tabulate(
         )
         statistics[e.name] = statistics_lib.pair_statistics(elbos, truth, beta)
         if parts:
-            gradients[e.name] = {key: np.stack([batch[e.name][key] for batch in found]) for key in found[0][e.name]
-                                 if key != "elbos" and all(key in batch[e.name] for batch in found)}  # fmt: skip
+            gradients[e.name] = {
+                key: np.stack([batch[e.name][key] for batch in found])
+                for key in found[0][e.name]
+                if key != "elbos" and all(key in batch[e.name] for batch in found)
+            }
     pairs = truth.shape[-2]
     repeats = len(found[0][estimators[0].name]["elbos"])
     columns = {}
@@ -87,20 +93,21 @@ def tabulate(
         column["Theorem 1: its bound"] = float(np.sqrt(mine["score variance"]).mean())
         column["Theorem 1: bound of loss variance"] = float(4 * mine["score variance"].mean())
         if baseline is not None:
-            # Variance x cost over that of VRPO; where VRPO was measured at another n only, its variance goes as 1 / n.
+            # Variance x cost, divided by that of VRPO. If VRPO was measured at another n only, this
+            # takes its variance as proportional to 1 / n.
             cost = e.scheme.n / baseline.scheme.n
             for name in ("score variance", "policy ELBO variance"):
                 other = statistics[baseline.name][name]
-                if (
-                    other.mean() > 1e-9
-                ):  # a policy that is still its reference has rounding errors only
+                # If the policy equals its reference, the variances are rounding errors.
+                if other.mean() > 1e-9:
                     column[f"{name} x cost / VRPO"] = _interval(
                         _ratio_of(mine[name], other, cost), pairs
                     )
         for k, part in enumerate(parts):
             traces = gradients[e.name]["trace"][:, k]
             column[f"gradient variance: {part}"] = _interval(_mean_of(traces), len(found))
-            # |mean error|^2 holds the variance of the mean of the repeats and that of the truth as well.
+            # |mean error|^2 also contains the variance of the mean of the repeats, and that of the
+            # truth. Subtract both.
             noise = np.stack([batch["truth"]["variance"][k] for batch in found]) + traces / repeats
             column[f"gradient bias^2: {part}"] = _interval(
                 _mean_of(gradients[e.name]["mean_error"][:, k] - noise), len(found)
@@ -121,7 +128,10 @@ def tabulate(
 
 
 def _of_one_pair(gradients: dict, found, score_variance: np.ndarray, k: int, part: str) -> dict:
-    """Theorem 4, C being the largest norm of the pair's score gradient in any repeat or the truth; budget by pair."""
+    """Theorem 4 and the gain of a budget by pair, for batches of one pair.
+
+    C is the largest norm of the gradient of the pair's score, over the repeats and the truth.
+    """
     true = np.sqrt([batch["truth"]["score norm"][k] for batch in found])
     largest = np.maximum(gradients["score gradient"][..., k].max(1), true)
     error, trace = statistics_lib.theorem_4(
@@ -138,7 +148,11 @@ def _of_one_pair(gradients: dict, found, score_variance: np.ndarray, k: int, par
 
 
 def _vrpo(estimators: Sequence[Estimator], n: int) -> Estimator | None:
-    """The published estimator (n_t = n iid exact draws, plain, shared) at n, or at the largest n measured."""
+    """The published estimator at n draws if it was measured there, else at the largest n measured.
+
+    It has n_t = n iid times, exact masks, plain weights and shared noise. None if it was not
+    measured at all.
+    """
     plain = [e for e in estimators if e.share_noise and e.scheme == type(e.scheme)(e.scheme.n_t)]
     return max(plain, key=lambda e: (e.scheme.n == n, e.scheme.n), default=None)
 
@@ -152,12 +166,15 @@ def _ratio_of(values: np.ndarray, others: np.ndarray, cost: float) -> Callable:
 
 
 def _interval(statistic: Callable, count: int) -> list[float]:
-    """[value, low, high]."""
+    """[value, low, high], the 95 % bootstrap interval."""
     return list(statistics_lib.bootstrap(statistic, count))
 
 
 def _decomposition(found, kept, estimators, columns, parts, beta: float) -> dict:
-    """V_t and V_yt of the policy's ELBO, of the score and of the gradient; predictions beside what was measured."""
+    """V_t and V_yt of the policy's ELBO, of the score and of the gradient.
+
+    For each, the result also has the variances that Lemma 5 predicts, and the measured ones.
+    """
 
     def by_pair(values, is_pair):
         return values.reshape(*values.shape[:-2], -1, 2)[..., is_pair.ravel(), :]
@@ -172,7 +189,8 @@ def _decomposition(found, kept, estimators, columns, parts, beta: float) -> dict
     out, times = {}, "best independent times / iid"
     for name, terms, factor in (("policy ELBO", policy, 1.0), ("score", ratio, 2 * beta**2)):
         split = decomposition.decompose(jnp.asarray(terms))
-        # Winner and loser draw independently: the score's variance is the sum of the two, 2 beta^2 x the mean.
+        # Winner and loser draw independently. So the score's variance is beta^2 times the sum of
+        # the two variances, or 2 beta^2 times their mean.
         v_t, v_yt = (factor * np.asarray(v).mean(-1) for v in (split.v_t, split.v_yt))
         out[name] = {
             "V_t": _interval(_mean_of(v_t), len(v_t)),
@@ -186,11 +204,12 @@ def _decomposition(found, kept, estimators, columns, parts, beta: float) -> dict
         v_t, v_yt = (
             np.stack([batch["nested"][name][k] for batch in found]) for name in ("v_t", "v_yt")
         )
-        out[f"gradient: {part}"] = {"V_t": _interval(_mean_of(v_t), len(v_t)),
-                                    "V_yt": _interval(_mean_of(v_yt), len(v_yt))}  # fmt: skip
-        if all(
-            "squares" in batch["nested"] for batch in found
-        ):  # one pair a batch: each draw has a time of its own
+        out[f"gradient: {part}"] = {
+            "V_t": _interval(_mean_of(v_t), len(v_t)),
+            "V_yt": _interval(_mean_of(v_yt), len(v_yt)),
+        }
+        # Batches of one pair: each squared norm belongs to one time.
+        if all("squares" in batch["nested"] for batch in found):
             squares = np.stack([batch["nested"]["squares"][..., k] for batch in found], axis=2)
             out[f"gradient: {part}"][times] = _interval(
                 statistics_lib.best_times(squares, shares, (v_t + v_yt) / 2), len(v_t)
@@ -210,7 +229,7 @@ def _decomposition(found, kept, estimators, columns, parts, beta: float) -> dict
             if e.share_noise and e.scheme == type(e.scheme)(e.scheme.n_t, e.scheme.n_yt)
         }
     bins = np.minimum((shares.ravel() * 10 - 1e-6).astype(int), 9)
-    # Each term's own mean over the nested draws is taken out: what is left is spread within a response.
+    # Subtract from each term its mean over the nested draws. The spread within a response remains.
     centred = (ratio - ratio.mean((0, 1))).ravel()
     out["by masked share"] = [
         {
@@ -225,12 +244,16 @@ def _decomposition(found, kept, estimators, columns, parts, beta: float) -> dict
 
 
 def as_text(table: dict) -> str:
-    """The table for a terminal, a row an estimator; +- is half the width of the 95 % interval."""
+    """The table as text, one row for each estimator; +- is half the width of the 95 % interval."""
     columns = table["columns"]
     first = next(iter(columns.values()))
     shown = [k for k in first if isinstance(first[k], list) and not k.startswith("gradient bias")]
-    short = {k: k.replace("variance", "Var").replace("gradient Var:", "Var grad").replace("all parameters", "all")
-             for k in shown}  # fmt: skip
+    short = {
+        k: k.replace("variance", "Var")
+        .replace("gradient Var:", "Var grad")
+        .replace("all parameters", "all")
+        for k in shown
+    }
     width = max(map(len, columns)) + 2
     cells = {k: max(18, len(short[k])) for k in shown}
     lines = [
@@ -257,7 +280,7 @@ def _cell(value: list[float]) -> str:
 
 
 def write(table: dict, out: epath.Path, *, plots: bool = True) -> None:
-    """table.json, table.csv and, with matplotlib, variance.png, bias.png, terms.png in `out`."""
+    """Writes table.json and table.csv to `out`, and with `plots` also the pictures of `plot`."""
     (out / "table.json").write_text(json.dumps(table, indent=1) + "\n")
     with (out / "table.csv").open("w") as f:
         names = list(dict.fromkeys(k for column in table["columns"].values() for k in column))
