@@ -1,7 +1,7 @@
 """Masked diffusion language models in JAX: LLaDA, VRPO, and a laboratory for ELBO estimators.
 
-`from llada_jax import elbo` measures any `logits_fn`; `llada_jax.load(path)` opens the published weights or a
-checkpoint of ours; `python -m llada_jax.train --config=FILE --workdir=DIR` trains.
+`from llada_jax import elbo` measures any `logits_fn`; `llada_jax.load(path)` opens the published
+weights or a checkpoint of ours; `python -m llada_jax.train --config=FILE --workdir=DIR` trains.
 """
 
 import importlib
@@ -11,11 +11,11 @@ __version__ = "0.1.0"
 _MODULES = ("elbo", "losses", "noise", "sampling", "tokenizer", "variance")
 _NAMES = {"load": "checkpoints.loading", "LLaDA": "models.llada", "ModelConfig": "models.llada"}
 
-__all__ = [*_MODULES, *_NAMES]
+__all__ = [*_MODULES, *_NAMES]  # noqa: PLE0604 (names of two tables)
 
 
 def __getattr__(name):
-    # Lazy, so that `import llada_jax` costs nothing and `python -m llada_jax.x` does not import x twice.
+    # Lazy: `import llada_jax` costs nothing, and `python -m llada_jax.x` does not import x twice.
     if name in _MODULES:
         return importlib.import_module(f"llada_jax.{name}")
     if name in _NAMES:

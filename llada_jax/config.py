@@ -37,7 +37,9 @@ def section(*classes: type, **changes: Any) -> ConfigDict:
         for name, field, default in _keys(cls):
             if name in values:
                 raise TypeError(f"two settings of one section have a key {name}")
-            values[name] = default if default is not dataclasses.MISSING else field.default_factory()
+            values[name] = (
+                default if default is not dataclasses.MISSING else field.default_factory()
+            )
     unknown = changes.keys() - values.keys()
     if unknown:
         raise TypeError(f"{', '.join(sorted(unknown))}: no key of {[c.__name__ for c in classes]}")
@@ -73,7 +75,7 @@ def one_of(settings: Any, **known: Any) -> None:
 
 
 def identity(settings: Any) -> dict[str, Any]:
-    """name -> value of every field that changes what is computed, nested ones by their own names."""
+    """The value of every field that changes what is computed, nested ones by their own names."""
     values = {}
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
@@ -87,10 +89,13 @@ def identity(settings: Any) -> dict[str, Any]:
 def keys(*classes: type) -> Iterator[tuple[str, Any, str]]:
     """(name, default, comment) of every key of settings dataclasses, for --help and the docs."""
     for cls in classes:
+        comments = {}
+        for owner in _nested(cls):
+            for parent in reversed(owner.__mro__):
+                comments |= _comments(parent)
         for name, field, default in _keys(cls):
-            owner = next(c for c in _nested(cls) if field in dataclasses.fields(c))
             value = default if default is not dataclasses.MISSING else field.default_factory()
-            yield name, value, _comments(owner).get(name, "")
+            yield name, value, comments.get(name, "")
 
 
 def _nested(cls: type) -> Iterator[type]:
@@ -143,7 +148,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
 
 
 def _comments(cls: type) -> dict[str, str]:
-    """name -> comment of every field, from the source of the class; none where there is no source."""
+    """The comment of every field, from the source of the class; none where there is no source."""
     try:
         lines = inspect.getsource(cls).splitlines()
     except (OSError, TypeError):

@@ -2,6 +2,8 @@
 
 python -m llada_jax.convert import HF_DIR OUT      OUT becomes a checkpoint of ours
 python -m llada_jax.convert export CKPT HF_DIR     HF_DIR becomes a folder in the published layout
+
+Runs on the CPU: the model has to fit the host's memory.
 """
 
 import argparse
@@ -11,7 +13,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from llada_jax.checkpoints.loading import home_of, load
+from llada_jax import cli
+from llada_jax.checkpoints.loading import home_of, load, model_folder
 from llada_jax.checkpoints.orbax import Checkpoints
 from llada_jax.checkpoints.published import DTYPES, TOKENIZER_FILES, copy_tokenizer, export
 from llada_jax.files import new_folder
@@ -33,9 +36,9 @@ def import_folder(source: epath.PathLike, out: epath.PathLike, dtype=None):
             checkpoints.save(0, {"params": params}, {"imported_from": str(source)})
 
 
-def main(argv=None):
-    about = f"{__doc__.splitlines()[0]} Runs on the CPU: the model has to fit the host's memory."
-    parser = argparse.ArgumentParser(prog="python -m llada_jax.convert", description=about)
+def parser() -> cli.Parser:
+    """The flags of the command."""
+    parser = cli.Parser("convert", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     into = commands.add_parser(
         "import", help="a Hugging Face style folder becomes a checkpoint of ours"
@@ -59,30 +62,27 @@ def main(argv=None):
         command.add_argument(
             "--dtype", choices=[np.dtype(t).name for t in DTYPES.values()], help="default: as it is"
         )
-    args = parser.parse_args(argv)
-    try:
-        if args.command == "import":
-            import_folder(args.hf_dir, args.out, args.dtype)
-        else:
-            source = epath.Path(args.checkpoint).expanduser()
-            model, params = load(source, args.dtype)
-            home = home_of(source) or source
-            tokenizer = (
-                home if any((home / name).exists() for name in TOKENIZER_FILES[:2]) else None
-            )
-            export(
-                model,
-                params,
-                args.hf_dir,
-                tokenizer_from=tokenizer,
-                max_shard_bytes=args.max_shard_bytes,
-            )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return parser
+
+
+def main(args: argparse.Namespace):
+    """Does what the flags say."""
+    jax.config.update("jax_platforms", "cpu")  # the whole model goes to one device
+    if args.command == "import":
+        import_folder(args.hf_dir, args.out, args.dtype)
+        return
+    source = epath.Path(args.checkpoint).expanduser()
+    model, params = load(source, args.dtype)
+    home = model_folder(source)
+    has_tokenizer = any((home / name).exists() for name in TOKENIZER_FILES[:2])
+    export(
+        model,
+        params,
+        args.hf_dir,
+        tokenizer_from=home if has_tokenizer else None,
+        max_shard_bytes=args.max_shard_bytes,
+    )
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_platforms", "cpu")  # the whole model goes to one device
-    sys.exit(main())
+    sys.exit(cli.run(main, parser()))

@@ -1,19 +1,53 @@
 """Preference and denoising losses: arrays in, per-example arrays out."""
 
+import dataclasses
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-KINDS = ("sigmoid", "ipo", "hinge", "robust")
+
+def _sigmoid(s: Array, beta: float, e: float) -> Array:
+    return -(1 - e) * jax.nn.log_sigmoid(s) - e * jax.nn.log_sigmoid(-s)
+
+
+def _robust(s: Array, beta: float, e: float) -> Array:
+    return (-(1 - e) * jax.nn.log_sigmoid(s) + e * jax.nn.log_sigmoid(-s)) / (1 - 2 * e)
+
+
+def _hinge(s: Array, beta: float, e: float) -> Array:
+    return jax.nn.relu(1 - s)
+
+
+def _ipo(s: Array, beta: float, e: float) -> Array:
+    return jnp.square(s / beta - 1 / (2 * beta))
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceLoss:
+    """A loss of a score s, and whether label smoothing e has a meaning for it."""
+
+    of_score: Callable[[Array, float, float], Array]  # (s, beta, e) -> loss
+    smooths_labels: bool = False
+
+
+# A new loss is one function and one entry.
+LOSSES: dict[str, PreferenceLoss] = {
+    "sigmoid": PreferenceLoss(_sigmoid, smooths_labels=True),
+    "ipo": PreferenceLoss(_ipo),
+    "hinge": PreferenceLoss(_hinge),
+    "robust": PreferenceLoss(_robust, smooths_labels=True),
+}
 
 
 def check_preference(beta: float, kind: str, label_smoothing: float) -> None:
     """Raises ValueError if `preference_loss` cannot honour a setting."""
-    if kind not in KINDS:
-        raise ValueError(f"kind={kind!r} is not one of {', '.join(KINDS)}")
+    if kind not in LOSSES:
+        raise ValueError(f"kind={kind!r} is not one of {', '.join(LOSSES)}")
     if not beta > 0:
         raise ValueError(f"beta={beta} must be above 0")
-    if label_smoothing and kind not in ("sigmoid", "robust"):
+    if label_smoothing and not LOSSES[kind].smooths_labels:
         raise ValueError(
             f"label_smoothing={label_smoothing} has no meaning for kind={kind!r}: set it to 0"
         )
@@ -50,15 +84,7 @@ def preference_loss(
     chosen = beta * (policy_chosen_elbo - reference_chosen_elbo)
     rejected = beta * (policy_rejected_elbo - reference_rejected_elbo)
     score = chosen - rejected
-    e = label_smoothing
-    if kind == "sigmoid":
-        loss = -(1 - e) * jax.nn.log_sigmoid(score) - e * jax.nn.log_sigmoid(-score)
-    elif kind == "robust":
-        loss = (-(1 - e) * jax.nn.log_sigmoid(score) + e * jax.nn.log_sigmoid(-score)) / (1 - 2 * e)
-    elif kind == "hinge":
-        loss = jax.nn.relu(1 - score)
-    else:
-        loss = jnp.square(score / beta - 1 / (2 * beta))
+    loss = LOSSES[kind].of_score(score, beta, label_smoothing)
     metrics = {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,

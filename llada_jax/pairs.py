@@ -1,9 +1,11 @@
 """On-policy preference pairs: samples responses, scores them, and writes winners and losers.
 
-    python -m llada_jax.pairs --model=WORKDIR --prompts=jsonl:prompts.jsonl --scorer=module:function --out=pairs.jsonl
+    python -m llada_jax.pairs --model=WORKDIR --prompts=jsonl:prompts.jsonl \\
+        --scorer=module:function --out=pairs.jsonl
 
-A scorer is `(record: dict, response: str) -> float`, higher is better; `llada_jax.sudoku:score` is one. The record is
-the source's own, with all its fields, and its prompt as `prompt`. The output is a preference source for `data.prepare`.
+A scorer is a function (record: dict, response: str) -> float; a higher score is better.
+`llada_jax.tasks.sudoku:score` is one. The record is that of the source, with all its fields, and its
+prompt is the field `prompt`. The output is a source of preference records.
 """
 
 import argparse
@@ -15,7 +17,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from llada_jax import metrics, sampling
+from llada_jax import cli, metrics, sampling
 from llada_jax.checkpoints import loading
 from llada_jax.data import templates
 from llada_jax.data.records import read_records
@@ -114,8 +116,39 @@ def make_pairs(
     }
 
 
-def run(args: argparse.Namespace) -> str:
-    """Does what the flags say and returns the summary."""
+def parser() -> cli.Parser:
+    """The flags of the command."""
+    parser = cli.Parser("pairs", __doc__)
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="Hugging Face style folder, workdir, or workdir/checkpoints/N",
+    )
+    parser.add_argument(
+        "--prompts", required=True, help="jsonl:FILES, tfds:NAME or python:module:function"
+    )
+    parser.add_argument(
+        "--scorer", required=True, help="module:function, (record, response) -> float"
+    )
+    parser.add_argument("--out", required=True, help="FILE.jsonl or FILE.jsonl.gz")
+    parser.add_argument("--samples", type=int, default=8, help="responses to each prompt")
+    parser.add_argument(
+        "--pairs_per_prompt", type=int, default=1, help="distinct winner and loser combinations"
+    )
+    parser.add_argument("--template", choices=("chat", "plain"), default="chat")
+    parser.add_argument("--batch_size", type=int, default=32, help="responses sampled at once")
+    parser.add_argument("--limit", type=int, default=0, help="use so many prompts; 0 for all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--dtype", help="cast the parameters to it, as bfloat16; default: as stored"
+    )
+    sampling.add_flags(parser)
+    parser.set_defaults(temperature=1.0)
+    return parser
+
+
+def main(args: argparse.Namespace):
+    """Does what the flags say, and prints a summary."""
     if args.temperature == 0 and args.remasking == "low_confidence":
         raise ValueError(
             "--temperature=0 gives every sample of a prompt the same response; raise it"
@@ -150,44 +183,8 @@ def run(args: argparse.Namespace) -> str:
             f"{summary}: nothing to prefer; raise --samples or --temperature, or try other prompts"
         )
     write_jsonl(args.out, pairs)
-    return f"{summary} in {args.out}"
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m llada_jax.pairs",
-        description="Samples, scores and pairs a model's responses to prompts.",
-    )
-    parser.add_argument(
-        "--model",
-        required=True,
-        help="Hugging Face style folder, workdir, or workdir/checkpoints/N",
-    )
-    parser.add_argument(
-        "--prompts", required=True, help="jsonl:FILES, tfds:NAME or python:module:function"
-    )
-    parser.add_argument(
-        "--scorer", required=True, help="module:function, (record, response) -> float"
-    )
-    parser.add_argument("--out", required=True, help="FILE.jsonl or FILE.jsonl.gz")
-    parser.add_argument("--samples", type=int, default=8, help="responses to each prompt")
-    parser.add_argument(
-        "--pairs_per_prompt", type=int, default=1, help="distinct winner and loser combinations"
-    )
-    parser.add_argument("--template", choices=("chat", "plain"), default="chat")
-    parser.add_argument("--batch_size", type=int, default=32, help="responses sampled at once")
-    parser.add_argument("--limit", type=int, default=0, help="use so many prompts; 0 for all")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--dtype", help="cast the parameters to it, as bfloat16; default: as stored"
-    )
-    sampling.add_flags(parser)
-    parser.set_defaults(temperature=1.0)
-    try:
-        print(run(parser.parse_args(argv)))
-    except (ValueError, FileNotFoundError) as e:
-        sys.exit(f"error: {e}")
+    print(f"{summary} in {args.out}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(main, parser()))

@@ -21,7 +21,8 @@ import tokenizers
 from etils import epath
 from sentencepiece import sentencepiece_model_pb2
 
-from llada_jax.files import expand, read_lines
+from llada_jax import cli
+from llada_jax.files import expand, read_lines, write_whole
 
 BOS, EOS, MASK = "<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>"
 START_HEADER, END_HEADER, EOT = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
@@ -110,9 +111,8 @@ class Tokenizer:
         config.json is not among them. If the mask id was read from it, `load` needs it there too.
         """
         directory = epath.Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
         for name, content in self._files.items():
-            (directory / name).write_bytes(content)
+            write_whole(directory / name, content)
 
 
 def load(path: str | os.PathLike) -> Tokenizer:
@@ -287,38 +287,34 @@ def train(lines: Iterable[str], out: str | os.PathLike, vocab_size: int = 4096) 
         reason = re.sub(r"^.*\] ", "", str(e).splitlines()[0])
         raise ValueError(f"vocab_size={vocab_size} cannot be trained on this text: {reason}") from e
     directory = epath.Path(out)
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / FILES[1]).write_bytes(model.getvalue())
+    write_whole(directory / FILES[1], model.getvalue())
     return load(directory / FILES[1])
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m llada_jax.tokenizer", description=__doc__.splitlines()[0]
-    )
-    command = parser.add_subparsers(required=True).add_parser(
-        "train", help="train a SentencePiece model"
-    )
+def parser() -> cli.Parser:
+    """The flags of the command."""
+    parser = cli.Parser("tokenizer", __doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("train", help="train a SentencePiece model")
     command.add_argument(
         "--input", required=True, help="text or .jsonl files, a path or a glob (.gz .xz .bz2 too)"
     )
     command.add_argument(
         "--field", default="text", help="the field to read of .jsonl files (default: text)"
     )
-    command.add_argument("--vocab_size", type=int, default=4096)
-    command.add_argument(
-        "--out", default="tokenizer", help="folder for tokenizer.model (default: tokenizer)"
-    )
+    command.add_argument("--vocab_size", type=int, default=4096, help="ids of the new tokenizer")
+    command.add_argument("--out", default="tokenizer", help="folder for tokenizer.model")
     command.add_argument(
         "--limit", type=int, default=0, help="lines of the input files to read (0: all)"
     )
-    args = parser.parse_args(argv)
-    try:
-        tokenizer = train(_texts(args.input, args.field, args.limit), args.out, args.vocab_size)
-    except (ValueError, FileNotFoundError) as e:
-        sys.exit(f"error: {e}")
+    return parser
+
+
+def main(args: argparse.Namespace):
+    """Does what the flags say."""
+    tokenizer = train(_texts(args.input, args.field, args.limit), args.out, args.vocab_size)
     print(f"{args.out}/{FILES[1]}: {tokenizer.vocab_size} ids, fingerprint {tokenizer.fingerprint}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(main, parser()))

@@ -70,7 +70,7 @@ def make_work(plan: Experiment) -> Work:
     return Work(current, batch.replace(reference=terms), None)
 
 
-def compile_step(plan: Plan, work: Work):
+def compile_step(plan: Experiment, work: Work):
     """Compiles the training step. Returns (compiled step, seconds it took)."""
     shardings = jax.tree.map(lambda x: x.sharding, work.state)
     start = time.perf_counter()
@@ -102,9 +102,7 @@ def rates(plan: Experiment, seconds: float) -> dict:
     """
     devices = plan.mesh.devices.flat
     chip = CHIPS.get(devices[0].device_kind)
-    result = {
-        "tokens_per_second": plan.data.batch_rows * plan.row_length / seconds
-    }
+    result = {"tokens_per_second": plan.data.batch_rows * plan.row_length / seconds}
     for name, recomputed in (("mfu", False), ("hfu", True)):
         flops = pass_flops(plan) * forward_passes(plan, recomputed)[0] / seconds
         result[f"{name}_flops_per_second"] = flops

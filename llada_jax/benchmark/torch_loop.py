@@ -220,7 +220,9 @@ def check_supported(plan: Experiment):
     The loop takes all draws at once, whatever vrpo.mc_chunk says.
     """
     if plan.objective.name != "vrpo":
-        raise ValueError(f"the PyTorch loop does not do objective={plan.objective.name!r}: set vrpo")
+        raise ValueError(
+            f"the PyTorch loop does not do objective={plan.objective.name!r}: set vrpo"
+        )
     v = plan.settings
     wanted = {
         "vrpo.kind": (v.kind, "sigmoid"),

@@ -48,7 +48,9 @@ def read_config(path: epath.PathLike) -> Any:
     file = model_folder(path) / "config.json"
     if not file.exists():
         if home_of(path) is not None:
-            raise FileNotFoundError(f"{file} does not exist; without it the architecture is unknown")
+            raise FileNotFoundError(
+                f"{file} does not exist; without it the architecture is unknown"
+            )
         raise FileNotFoundError(
             f"{path} has neither config.json (a Hugging Face style folder) nor checkpoints/ "
             "(a checkpoint of ours)"

@@ -68,7 +68,8 @@ def export(
 
     shards, size = [[]], 0
     for tensor in sorted(
-        _tensors(model.config, shapes), key=lambda tensor: -1 if tensor.layer is None else tensor.layer
+        _tensors(model.config, shapes),
+        key=lambda tensor: -1 if tensor.layer is None else tensor.layer,
     ):
         nbytes = math.prod(tensor.shape) * types[tensor.row.path].itemsize
         if shards[-1] and size + nbytes > max_shard_bytes:

@@ -30,10 +30,8 @@ def topology(name: str, slices: int = 1) -> tuple[list, Chip]:
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **kwargs)
     except Exception as error:
-        if (
-            "libtpu" in str(error).lower()
-            and "not found" in str(error).lower()
-            or isinstance(error, ImportError)
+        if ("libtpu" in str(error).lower() and "not found" in str(error).lower()) or isinstance(
+            error, ImportError
         ):
             raise ImportError("the TPU compiler is missing: pip install libtpu") from error
         raise ValueError(f"--topology={name}: {error}") from error

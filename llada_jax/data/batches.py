@@ -12,9 +12,7 @@ from llada_jax.data.rows import Rows
 class Loader(Iterator[Batch]):
     """Iterator of batches. Its whole state is `next_index`, the global index of the next row."""
 
-    def __init__(
-        self, batches: grain.IterDataset, start: int, batch_rows: int, num_segments: int
-    ):
+    def __init__(self, batches: grain.IterDataset, start: int, batch_rows: int, num_segments: int):
         self._batches, self._batch_rows, self.next_index = iter(batches), batch_rows, start
         self._num_segments = num_segments
 
@@ -84,7 +82,12 @@ def loader(
     options = grain.ReadOptions(
         num_threads=threads, prefetch_buffer_size=max(threads, 2 * local_rows)
     )
-    return Loader(indices.map(row).to_iter_dataset(options).batch(local_rows), start, batch_rows, num_segments or rows.num_segments)
+    return Loader(
+        indices.map(row).to_iter_dataset(options).batch(local_rows),
+        start,
+        batch_rows,
+        num_segments or rows.num_segments,
+    )
 
 
 def _padded(

@@ -28,9 +28,7 @@ def heldout_metrics(
     """
     examples = objective.examples(params, batch, frozen, model=model, settings=settings)
     mask = objective.is_example(batch)
-    return {
-        name: Mean.of(value, mask).over_devices(axis_name) for name, value in examples.items()
-    }
+    return {name: Mean.of(value, mask).over_devices(axis_name) for name, value in examples.items()}
 
 
 def over_batches(

@@ -2,16 +2,19 @@
 
     python -m llada_jax.metrics --metric=eval/solve/rate --out=curve.png vrpo=runs/vrpo naive=runs/naive
 
-plots one metric of several runs against the step, with its standard error where one is logged (needs matplotlib)."""
+plots one metric of several runs against the step, with its standard error where one is logged (needs matplotlib).
+"""
 
 import argparse
+import io
 import json
 import math
 import sys
-from collections.abc import Sequence
 
 from etils import epath
 
+from llada_jax import cli
+from llada_jax.files import write_whole
 from llada_jax.metrics.writer import lines_until
 
 
@@ -35,34 +38,37 @@ def read(workdir: epath.PathLike, metric: str) -> tuple[list[int], list[float], 
     )
 
 
-def main(argv: Sequence[str] | None = None):
-    parser = argparse.ArgumentParser(
-        prog="python -m llada_jax.metrics", description="Plots a metric of several runs."
-    )
+def parser() -> cli.Parser:
+    """The flags of the command."""
+    parser = cli.Parser("metrics", __doc__)
     parser.add_argument("runs", nargs="+", metavar="NAME=WORKDIR")
-    parser.add_argument("--metric", default="loss")
+    parser.add_argument("--metric", default="loss", help="a name in metrics.jsonl; default: loss")
     parser.add_argument("--out", required=True, help="a PNG, SVG or PDF file")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(args: argparse.Namespace):
+    """Does what the flags say."""
     try:
-        from matplotlib import pyplot
+        from matplotlib import pyplot  # noqa: PLC0415 (only plots need matplotlib)
     except ImportError:
-        sys.exit("error: plots need matplotlib: pip install 'llada_jax[plot]'")
+        raise ImportError("plots need matplotlib: pip install 'llada_jax[plot]'") from None
     figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
-    try:
-        for run in args.runs:
-            name, _, workdir = run.rpartition("=")
-            steps, values, errors = read(workdir, args.metric)
-            axes.errorbar(
-                steps, values, errors, label=name or workdir, capsize=2, marker="o", markersize=3
-            )
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    for run in args.runs:
+        name, _, workdir = run.rpartition("=")
+        steps, values, errors = read(workdir, args.metric)
+        axes.errorbar(
+            steps, values, errors, label=name or workdir, capsize=2, marker="o", markersize=3
+        )
     axes.set(xlabel="step", ylabel=args.metric)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(args.out, dpi=150)
+    kind = epath.Path(args.out).suffix.removeprefix(".") or "png"
+    content = io.BytesIO()
+    figure.savefig(content, dpi=150, format=kind)
+    write_whole(args.out, content.getvalue())
     print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(main, parser()))

@@ -11,6 +11,7 @@ from absl import logging
 from etils import epath
 from tensorboardX import SummaryWriter
 
+from llada_jax.files import is_remote, write_whole
 from llada_jax.metrics.mean import floats
 
 
@@ -45,7 +46,7 @@ class Writer:
         self._rewrite()
         self._remote_seconds = remote_seconds
         self._file = None
-        if not _is_remote(workdir):
+        if not is_remote(workdir):
             self._lines.clear()
             self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (until `close`)
         try:
@@ -108,16 +109,8 @@ class Writer:
         self.close()
 
     def _rewrite(self):
-        # On a disk, renaming is atomic; in a bucket, writing a whole object is atomic.
-        target = self._path if _is_remote(self._path) else self._path.with_name("metrics.jsonl.tmp")
-        target.write_text("".join(self._lines))
-        if target != self._path:
-            target.replace(self._path)
+        write_whole(self._path, "".join(self._lines))
         self._written = time.monotonic()
-
-
-def _is_remote(path: epath.Path) -> bool:
-    return "://" in str(path)
 
 
 def lines_until(path: epath.Path, step: float | int, evaluated: bool = True) -> list[str]:

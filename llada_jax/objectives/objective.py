@@ -8,7 +8,7 @@ from jaxtyping import Array
 
 from llada_jax import config
 
-# {name: values [r, k]} of the k places of a row that may hold an example; "loss" is among them.
+# {name: values [r, k]} of the k places of a row that may hold an example.
 Examples = dict[str, Array]
 DTYPES = ("float32", "bfloat16")
 
@@ -19,9 +19,10 @@ class Objective:
 
     `Settings` is a settings dataclass (config.py) with the fields `scheme`, `mc_chunk`, `seed` and
     `stream`, and with `for_heldout(n_t)`, its settings for the evaluation.
-    `examples(params, batch, frozen, *, model, settings)` gives the metrics of every example, the
-    loss that is minimised among them. `frozen` holds the parameters of the reference policy; it is
-    None if the objective has no reference, or if the batch holds its terms (`batch.reference`).
+    `examples(params, batch, frozen, *, model, settings)` gives the metrics of every example, and
+    `loss(means, settings)` the loss that is minimised, from their means over a batch. `frozen` holds
+    the parameters of the reference policy; it is None if the objective has no reference, or if the
+    batch holds its terms (`batch.reference`).
     """
 
     name: str
@@ -31,6 +32,7 @@ class Objective:
     Settings: type
     is_example: Callable[..., Array]  # batch -> [r, k]: which places of a row hold an example
     examples: Callable[..., Examples]
+    loss: Callable[[dict[str, Array], Any], Array] = lambda means, settings: means["loss"]
     prepare: Callable[..., Any] = lambda batch, settings: batch  # of a training batch
     summary: Callable[..., dict] = lambda means: {}  # more metrics, from the means over a batch
     # (params, batch, *, model, settings) -> terms [r, n, s] of the reference policy at the masks that

@@ -23,7 +23,9 @@ class Preference:
     kind: str = "sigmoid"  # the loss of a score: a name in losses.LOSSES
     label_smoothing: float = 0.0  # share of pairs whose labels are wrong; kinds sigmoid and robust
     sft_weight: float = 0.05  # of the denoising loss on the winner, from the same terms
-    share_noise: bool = True  # policy and reference see the same masks: the paper's antithetic sampling
+    share_noise: bool = (
+        True  # policy and reference see the same masks: the paper's antithetic sampling
+    )
     scheme: noise.Scheme = noise.Scheme()
     mc_chunk: int = key(0, changes_result=False)  # draws at a time; 0: all
     seed: int = key(0, given=True)
@@ -82,11 +84,9 @@ def score_pairs(
         label_smoothing=settings.label_smoothing,
     )
     denoising = losses.denoising_loss(policy, segment_lengths(batch))
-    winner = denoising[:, 0::2]
     metrics |= {
-        "loss": loss + settings.sft_weight * winner,
         "loss/preference": loss,
-        "loss/sft": winner,
+        "loss/sft": denoising[:, 0::2],
         "loss/sft_rejected": denoising[:, 1::2],
     }
     if elbo.error_is_known(scheme):
@@ -97,6 +97,10 @@ def score_pairs(
         errors = elbo.standard_error(draws.reshape(scheme.n_t, scheme.n_yt, *draws.shape[1:]))
         metrics["score/mc_variance"] = jnp.square(errors)
     return metrics
+
+
+def _loss(means: dict[str, Array], settings: Preference) -> Array:
+    return means["loss/preference"] + settings.sft_weight * means["loss/sft"]
 
 
 def _error_of_the_score(means: dict[str, Array]) -> dict[str, Array]:
@@ -113,6 +117,7 @@ VRPO = Objective(
     Settings=Preference,
     is_example=is_pair,
     examples=score_pairs,
+    loss=_loss,
     summary=_error_of_the_score,
     reference_terms=reference_terms,
     segments_per_example=2,

@@ -29,5 +29,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def settings_of(args: argparse.Namespace) -> dict:
     """Keyword arguments for `generate` from the flags of `add_flags`."""
-    names = "steps gen_length block_length temperature cfg_scale remasking logits_eos_inf confidence_eos_eot_inf"
-    return {name: getattr(args, name) for name in names.split()}
+    names = (
+        "steps",
+        "gen_length",
+        "block_length",
+        "temperature",
+        "cfg_scale",
+        "remasking",
+        "logits_eos_inf",
+        "confidence_eos_eot_inf",
+    )
+    return {name: getattr(args, name) for name in names}

@@ -2,24 +2,15 @@
 
 A puzzle is a line of 16 digits, row by row, with 0 for an empty cell. Its solution is a line of 16
 digits 1 to 4, in which every row, column and 2x2 box has each digit once. As a data source it is
-written `python:llada_jax.tasks.sudoku:records?count=20000&seed=0`. The command
-
-    python -m llada_jax.tasks.sudoku --count=20000 --seed=0 --split=train --out=sudoku.jsonl
-
-writes puzzles to a file.
+written `python:llada_jax.tasks.sudoku:records?count=20000&seed=0`.
 """
 
-import argparse
 import functools
-import gzip
 import itertools
-import json
-import sys
 import zlib
 from collections.abc import Iterator
 
 import numpy as np
-from etils import epath
 
 SPLITS = ("train", "heldout")
 _ROWS = np.arange(16).reshape(4, 4)
@@ -162,35 +153,3 @@ def score(record: dict, response: str) -> float:
     cells = np.array([int(c) for c in text])
     keeps_clues = ((cells == clues) | (clues == 0)).all()
     return float(keeps_clues and (np.sort(cells[UNITS], axis=1) == [1, 2, 3, 4]).all())
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Runs the command line: writes puzzles with their solutions to a file."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llada_jax.sudoku",
-        description="Writes 4x4 Sudoku puzzles with their solutions as JSON lines.",
-    )
-    parser.add_argument("--count", type=int, default=20000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--split", choices=SPLITS, default="train", help="heldout is one puzzle in eight"
-    )
-    parser.add_argument("--clues_min", type=int, default=4, help="fewest given digits")
-    parser.add_argument("--clues_max", type=int, default=8, help="most given digits")
-    parser.add_argument("--out", required=True, help="FILE.jsonl or FILE.jsonl.gz")
-    args = parser.parse_args(argv)
-    try:
-        found = records(args.count, args.seed, args.split, args.clues_min, args.clues_max)
-        lines = "".join(json.dumps(record) + "\n" for record in found).encode()
-    except ValueError as e:
-        sys.exit(f"error: {e}")
-    out = epath.Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    partial.write_bytes(gzip.compress(lines, mtime=0) if out.suffix == ".gz" else lines)
-    partial.replace(out)
-    print(f"{args.count} puzzles ({args.split}, seed {args.seed}) in {out}")
-
-
-if __name__ == "__main__":
-    main()

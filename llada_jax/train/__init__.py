@@ -1,8 +1,8 @@
 """The trainer: a config to an experiment, an experiment to a run.
 
-    plan = train.make_plan(config, workdir)
-    print(train.describe(plan))
-    train.train(plan)
+plan = train.make_plan(config, workdir)
+print(train.describe(plan))
+train.train(plan)
 """
 
 from llada_jax.train.experiment import Experiment, make_plan

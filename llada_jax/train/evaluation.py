@@ -39,9 +39,7 @@ class Evaluation:
         self._variance = None
         if repeats := plan.eval.variance_repeats:
             self._variance = jit(
-                functools.partial(
-                    score_variance, settings=plan.settings, repeats=repeats, **kwargs
-                )
+                functools.partial(score_variance, settings=plan.settings, repeats=repeats, **kwargs)
             )
 
     def run(self, params) -> dict[str, float]:

@@ -45,7 +45,9 @@ def check(plan: Experiment, mine: Mapping[str, Any], recorded: Mapping[str, Any]
             if then.get(name, defaults.get(name)) != now.get(name)
         ]
     elif _AS_TEXT in recorded:
-        note = "the checkpoint is of an earlier version: data and reference are compared, settings not"
+        note = (
+            "the checkpoint is of an earlier version: data and reference are compared, settings not"
+        )
     if changed:
         raise ValueError(
             f"{plan.workdir} was trained with other settings: {'; '.join(changed)}. Go on with the "

@@ -71,9 +71,7 @@ class Run:
         ):
             hosts.say(note)
         steps_left = max(plan.num_steps - self.start, 0)
-        self.reference.compute_terms(
-            self.loader.next_index + steps_left * plan.data.batch_rows
-        )
+        self.reference.compute_terms(self.loader.next_index + steps_left * plan.data.batch_rows)
         self.update = jit_update(plan, shardings)
         self.evaluation = Evaluation(plan, self.reference, stop)
 
@@ -85,7 +83,9 @@ class Run:
             not self.history or self.history[-1]["step"] < self.start
         )
         with (
-            metrics.Writer(plan.workdir, self.start, evaluates_again=evaluates_first) as self.writer,
+            metrics.Writer(
+                plan.workdir, self.start, evaluates_again=evaluates_first
+            ) as self.writer,
             metrics.Progress(
                 plan.num_steps,
                 self.start,
@@ -102,9 +102,7 @@ class Run:
                     self.log(*unread)
                 unread = (step, *values)
                 stopping = self.stop.agreed()  # read once: the signal may come between two lines
-                saving = (
-                    stopping or step == plan.num_steps or step % plan.checkpoint.every == 0
-                )
+                saving = stopping or step == plan.num_steps or step % plan.checkpoint.every == 0
                 if self._is_due(step) or saving:  # a checkpoint holds what is logged and finite
                     self.log(*unread)
                     unread = None

@@ -32,7 +32,9 @@ class Optimizer:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0")
         for name in ("b1", "b2", "end_fraction"):
-            if not 0 <= getattr(self, name) <= 1 or (name != "end_fraction" and getattr(self, name) == 1):
+            if not 0 <= getattr(self, name) <= 1 or (
+                name != "end_fraction" and getattr(self, name) == 1
+            ):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
 
 

@@ -6,6 +6,7 @@ trains on exactly the same masks as a run that computes the terms itself.
 """
 
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterable
 
@@ -15,6 +16,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from llada_jax.batch import Batch
+from llada_jax.files import write_whole
 
 
 class ReferenceCache:
@@ -67,8 +69,7 @@ class ReferenceCache:
         num_rows = self._terms.shape[1]
         is_first = jax.process_index() == 0
         if is_first:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            (self._directory / "identity.json").write_text(json.dumps(self._identity, indent=1))
+            write_whole(self._directory / "identity.json", json.dumps(self._identity, indent=1))
         for epoch in range(self._epochs):
             for start in range(0, num_rows, block * batch_rows):
                 stop = min(start + block * batch_rows, num_rows)
@@ -138,7 +139,6 @@ def _read(path: epath.Path, shape: tuple[int, ...]) -> np.ndarray | None:
 
 
 def _write(path: epath.Path, terms: np.ndarray):
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as f:
-        np.save(f, terms)
-    temporary.replace(path)
+    content = io.BytesIO()
+    np.save(content, terms)
+    write_whole(path, content.getvalue())

@@ -48,7 +48,9 @@ class Model:
     param_dtype: str = "float32"
     remat: str = "none"  # "none", "dots" or "full": what a layer drops and computes again backward
     attention: str = "auto"  # "auto", "xla", "splash" (TPU) or "cudnn" (NVIDIA)
-    unroll: int = 1  # layers compiled one by one: all is faster for a small model, 1 compiles fastest
+    unroll: int = (
+        1  # layers compiled one by one: all is faster for a small model, 1 compiles fastest
+    )
     logps_chunk: int = 8192  # entries of the vocabulary whose logits are held at a time
 
     def __post_init__(self):
@@ -257,7 +259,10 @@ def _check_together(s: Settings, dry_run: bool):
     if repeats := s.eval.variance_repeats:
         name, has = f"config.eval.variance_repeats={repeats}", s.objective.needs_reference
         for wrong, why in (
-            (not has, f"measures scores, which objective={s.run.objective!r} does not have: set it to 0"),
+            (
+                not has,
+                f"measures scores, which objective={s.run.objective!r} does not have: set it to 0",
+            ),
             (
                 has and s.reference.is_cached,
                 "draws new noise, for which no terms are cached: set vrpo.reference='model', or it to 0",

@@ -48,11 +48,10 @@ def train_step(
             name: jnp.sum(jnp.where(mask, x, 0)) / jnp.maximum(total, 1)
             for name, x in examples.items()
         }
-        return means["loss"], means
+        loss = objective.loss(means, settings)
+        return loss, means | {"loss": loss}
 
-    grads, metrics = _over_devices(
-        _gradient(loss_fn, state.params, batch, accumulate), axis_name
-    )
+    grads, metrics = _over_devices(_gradient(loss_fn, state.params, batch, accumulate), axis_name)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics |= {

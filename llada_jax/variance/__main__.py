@@ -1,19 +1,21 @@
-"""The command of the laboratory: python -m llada_jax.variance."""
+"""Variance, bias and cost of ELBO estimators: Table 2 of LLaDA 1.5, then ours or yours.
+
+python -m llada_jax.variance --policy=MODEL --reference=MODEL --pairs=jsonl:FILES --out=DIR
+"""
 
 import argparse
-from collections.abc import Sequence
+import sys
 
+from llada_jax import cli
 from llada_jax.models.layers import REMAT
-from llada_jax.parallel import hosts as hosts_lib
+from llada_jax.parallel import hosts
 from llada_jax.variance.columns import UP_PROJ
 from llada_jax.variance.measure import run
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m llada_jax.variance",
-        description="Variance, bias and cost of ELBO estimators: Table 2 of LLaDA 1.5, then ours or yours.",
-    )
+def parser() -> cli.Parser:
+    """The flags of the command."""
+    parser = cli.Parser("variance", __doc__)
     parser.add_argument(
         "--policy",
         required=True,
@@ -74,10 +76,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--fsdp", type=int, default=1, help="mesh axis; the devices left share the rows"
     )
     parser.add_argument("--tensor", type=int, default=1, help="mesh axis")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(args: argparse.Namespace):
+    """Does what the flags say."""
     args.part = args.part or [UP_PROJ]
-    try:
-        hosts_lib.initialize()
-        hosts_lib.say(run(args))
-    except (ValueError, OSError, ImportError) as error:
-        hosts_lib.fail(f"error: {' '.join(str(error).split())}")
+    hosts.initialize()
+    hosts.say(run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, parser()))

@@ -1,7 +1,11 @@
 """Plots of the table of the laboratory."""
 
+import io
+
 import numpy as np
 from etils import epath
+
+from llada_jax.files import write_whole
 
 
 def plot(table: dict, out: epath.Path) -> None:
@@ -17,8 +21,9 @@ def plot(table: dict, out: epath.Path) -> None:
     panels = [k for k in panels if "VRPO" not in k]
 
     def save(figure, name):
-        with (out / name).open("wb") as f:
-            figure.savefig(f, dpi=90, format="png")
+        content = io.BytesIO()
+        figure.savefig(content, dpi=90, format="png")
+        write_whole(out / name, content.getvalue())
         pyplot.close(figure)
 
     figure, axes = pyplot.subplots(

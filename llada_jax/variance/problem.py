@@ -173,9 +173,7 @@ class Problem:
         return jnp.moveaxis(terms, 0, 1), masked / jnp.maximum(size, 1), moments, squares
 
 
-def terms_of(
-    logits_fn: Callable[[Any, Array], Array], *, mask_id: int
-) -> TermsFn:
+def terms_of(logits_fn: Callable[[Any, Array], Array], *, mask_id: int) -> TermsFn:
     """A TermsFn for `logits_fn(params, tokens [..., l]) -> logits`.
 
     `logits_fn` gets the tokens of whole rows, without segment ids and positions.

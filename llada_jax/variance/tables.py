@@ -1,6 +1,7 @@
 """Tables of the results of `measure`: as a dict, as text, and as files."""
 
 import csv
+import io
 import json
 from collections.abc import Callable, Sequence
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from llada_jax.files import write_whole
 from llada_jax.variance import decomposition
 from llada_jax.variance import statistics as statistics_lib
 from llada_jax.variance.plots import plot
@@ -281,27 +283,28 @@ def _cell(value: list[float]) -> str:
 
 def write(table: dict, out: epath.Path, *, plots: bool = True) -> None:
     """Writes table.json and table.csv to `out`, and with `plots` also the pictures of `plot`."""
-    (out / "table.json").write_text(json.dumps(table, indent=1) + "\n")
-    with (out / "table.csv").open("w") as f:
-        names = list(dict.fromkeys(k for column in table["columns"].values() for k in column))
-        writer = csv.writer(f)
-        writer.writerow(
-            ["estimator", *(x for k in names for x in ([k] if k in _PLAIN else [k, "low", "high"]))]
-        )
-        for name, column in table["columns"].items():
-            cells = []
-            for k in names:
-                value = column.get(k, "" if k in _PLAIN else [""] * 3)
-                cells += (
-                    value
-                    if isinstance(value, list)
-                    else [value]
-                    if k in _PLAIN
-                    else [value, "", ""]
-                )
-            writer.writerow([name, *cells])
+    write_whole(out / "table.json", json.dumps(table, indent=1) + "\n")
+    text = io.StringIO()
+    names = list(dict.fromkeys(k for column in table["columns"].values() for k in column))
+    writer = csv.writer(text)
+    writer.writerow(["estimator", *(x for k in names for x in _headings(k))])
+    for name, column in table["columns"].items():
+        writer.writerow([name, *(x for k in names for x in _cells(k, column.get(k, "")))])
+    write_whole(out / "table.csv", text.getvalue())
     if plots:
         plot(table, out)
 
 
+# Columns without an interval.
 _PLAIN = ("n_t", "n_yt", "biased", "model calls", "FLOPs a pair", "correlation")
+
+
+def _headings(name: str) -> list[str]:
+    return [name] if name in _PLAIN else [name, "low", "high"]
+
+
+def _cells(name: str, value) -> list:
+    """A value, or a value with its interval, as wide as the headings of its column."""
+    if isinstance(value, list):
+        return value
+    return [value] if name in _PLAIN else [value, "", ""]
