@@ -16,11 +16,11 @@ import subprocess
 import sys
 
 import pytest
+from helpers import ROOT
 
 from llada_jax import cli
 from llada_jax.train import __main__ as train
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "llada_jax"
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINKED = [*DOCUMENTS, ROOT / "CHANGELOG.md"]

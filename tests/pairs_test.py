@@ -163,10 +163,10 @@ def test_bad_arguments_are_named(changes, message):
 @pytest.mark.parametrize(
     "spec, message",
     [
-        ("llada_jax.sudoku", "is not of the form module:function"),
+        ("llada_jax.tasks.sudoku", "is not of the form module:function"),
         ("no_such_module:score", "No module named 'no_such_module'"),
-        ("llada_jax.sudoku:no_score", "has no function no_score"),
-        ("llada_jax.sudoku:UNITS", "has no function UNITS"),
+        ("llada_jax.tasks.sudoku:no_score", "has no function no_score"),
+        ("llada_jax.tasks.sudoku:UNITS", "has no function UNITS"),
     ],
 )
 def test_bad_scorer_names(spec, message):
@@ -206,7 +206,7 @@ def length_score(record, response):
 def test_cli_writes_a_preference_source(model_folder, tmp_path, capsys):
     flags = [
         f"--model={model_folder}",
-        "--prompts=python:llada_jax.sudoku:records?count=20&seed=1",
+        "--prompts=python:llada_jax.tasks.sudoku:records?count=20&seed=1",
         f"--scorer={__name__}:length_score",
         "--template=plain",
         "--samples=3",
@@ -233,7 +233,7 @@ def test_cli_writes_a_preference_source(model_folder, tmp_path, capsys):
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["pairs.jsonl.gz"]
 
     # A random model solves nothing: no contrast, no file.
-    flags[2] = "--scorer=llada_jax.sudoku:score"
+    flags[2] = "--scorer=llada_jax.tasks.sudoku:score"
     with pytest.raises(
         SystemExit, match="error: .*100.0% of prompts without contrast, 0 pairs: nothing to prefer"
     ):

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import ROOT
 
 from llada_jax import noise, variance
 from llada_jax.batch import Batch
 from llada_jax.variance import EVERYTHING, Estimator, Moments, Problem
 from llada_jax.variance.__main__ import main
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 SUDOKU = ROOT / "llada_jax" / "assets" / "sudoku"
 MASK = 7
 PARTS = (EVERYTHING, "slope", "table[1]")

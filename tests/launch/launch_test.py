@@ -9,8 +9,9 @@ import subprocess
 import sys
 
 import pytest
+from helpers import ROOT
 
-LAUNCH = pathlib.Path(__file__).resolve().parent.parent / "launch"
+LAUNCH = ROOT / "launch"
 SCRIPTS = ("tpu_pod.sh", "xpk.sh", "slurm.sbatch")
 # What a shell splits, expands or ends a word at, once it is quoted wrongly.
 ODD = """--config.data.train=jsonl:a  b*.jsonl|c?.jsonl;$HOME $(id) `id` 'one' "two" \\ {x,y} !"""

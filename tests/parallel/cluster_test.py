@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+from helpers import ROOT
 
 from configs import base
 from llada_jax import metrics
@@ -17,7 +18,6 @@ from llada_jax.tasks import sudoku
 from llada_jax.train import experiment, loop
 from llada_jax.train.loop import STOPPED
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 LAUNCHER = [sys.executable, str(ROOT / "launch" / "local_cluster.py")]
 NUM_STEPS = 8
 

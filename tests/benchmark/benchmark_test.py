@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from helpers import ROOT
 
 from configs import base, vrpo_8b, vrpo_sudoku
 from llada_jax.benchmark import load, step, torch_loop
@@ -21,7 +22,6 @@ from llada_jax.data.synthetic import SyntheticRows
 from llada_jax.models import llada
 from llada_jax.train import cost
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 ARCH = dict(d_model=32, n_heads=2, n_layers=1, mlp_hidden_size=64, vocab_size=60, mask_token_id=59)
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import ROOT
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
@@ -277,7 +278,7 @@ def test_a_killed_save_leaves_the_last_step(tmp_path):
         checkpoints.save(2, make_state(2, width=8192), {"next_index": 2})
         os.kill(os.getpid(), signal.SIGKILL)
     """
-    root = str(pathlib.Path(__file__).resolve().parent.parent)
+    root = str(ROOT)
     done = subprocess.run(
         [sys.executable, "-c", code, root, str(tmp_path)], capture_output=True, text=True
     )
@@ -339,7 +340,7 @@ def test_hosts_fall_back_together(tmp_path):
             same = checkpoint.fingerprint(found[0]) == checkpoint.fingerprint({"params": make_state(1).opt_state})
             print("restored", found[1], same)
     """
-    root = str(pathlib.Path(__file__).resolve().parent.parent)
+    root = str(ROOT)
 
     def run_two(*more):
         with socket.socket() as free:

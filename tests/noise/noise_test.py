@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import ROOT
 
 from llada_jax import noise
 
@@ -136,7 +137,7 @@ def test_expected_weights_are_those_of_the_exact_elbo(scheme):
 
 def test_the_readmes_scheme_of_your_own_is_unbiased(monkeypatch):
     monkeypatch.setattr(noise, "TIMES", dict(noise.TIMES))
-    readme = (pathlib.Path(__file__).resolve().parent.parent / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     (example,) = (
         code
         for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL)

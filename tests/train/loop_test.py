@@ -14,6 +14,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from helpers import ROOT
 from jax.experimental.compilation_cache import compilation_cache
 
 import llada_jax
@@ -25,7 +26,6 @@ from llada_jax.train import experiment, loop, summary
 from llada_jax.train import step as step_lib
 from llada_jax.train.loop import STOPPED
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 TOKENIZER = ROOT / "llada_jax" / "assets" / "sudoku" / "tokenizer.json"
 NUM_STEPS = 6
 RATES = {"tokens/s", "steps/s", "seconds_left"}
@@ -40,7 +40,7 @@ SFT = {
         embedding_size=16,
         max_sequence_length=66,
     ),
-    "data.train": "python:llada_jax.sudoku:records?count=50",
+    "data.train": "python:llada_jax.tasks.sudoku:records?count=50",
     "data.holdout": 0.2,
     "data.tokenizer": str(TOKENIZER),
     "data.template": "plain",
@@ -50,8 +50,8 @@ SFT = {
     "optimizer.warmup_steps": 1,
     "checkpoint.every": 2,
     "eval.every": 3,
-    "solve.prompts": "python:llada_jax.sudoku:records?count=4&split=heldout",
-    "solve.scorer": "llada_jax.sudoku:score",
+    "solve.prompts": "python:llada_jax.tasks.sudoku:records?count=4&split=heldout",
+    "solve.scorer": "llada_jax.tasks.sudoku:score",
     "solve.gen_length": 16,
     "solve.steps": 2,
     "solve.block_length": 16,
@@ -444,7 +444,7 @@ def test_a_resumed_run_goes_on_where_the_data_stood(sft, monkeypatch):
 def test_other_data_cannot_continue_a_run(sft, monkeypatch):
     monkeypatch.setattr(train, "jit_update", None)  # an error before that
     with pytest.raises(ValueError, match="was trained with other data up to step .*--workdir") as e:
-        run(SFT | {"data.train": "python:llada_jax.sudoku:records?count=51"}, sft)
+        run(SFT | {"data.train": "python:llada_jax.tasks.sudoku:records?count=51"}, sft)
     assert "\n" not in str(e.value)
     with pytest.raises(
         ValueError, match=r"another model or optimiser: .*\[1, .*\] there, .*\[2, .*\] here"
@@ -692,7 +692,7 @@ BAD_SFT = [
         {"solve.gen_length": 64, "solve.steps": 4},
         "a prompt of 17 tokens and solve.gen_length=64 exceed the model.*=66",
     ),
-    ({"solve.scorer": "llada_jax.sudoku:none"}, "has no function none"),
+    ({"solve.scorer": "llada_jax.tasks.sudoku:none"}, "has no function none"),
     (
         {"solve.block_length": 8, "solve.steps": 3},
         "config.solve: steps=3 is not a positive multiple of the 2 blocks",
