@@ -135,6 +135,7 @@ def _read_config(argv: list[str]):
     values(argv)
     if values.config is None:
         raise ValueError("--config.name=value without --config=FILE: name a file of configs/")
+    values.config.keys()  # raises what went wrong when the file was loaded
     return values.config
 
 

@@ -9,7 +9,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -46,7 +46,7 @@ def section(*classes: type, **changes: Any) -> ConfigDict:
     return ConfigDict(values | changes).lock()
 
 
-def build(cls: type, values: Mapping[str, Any], where: str, **given: Any) -> Any:
+def build(cls: type, values: ConfigDict, where: str, **given: Any) -> Any:
     """The settings that a section (or the top of a config) holds.
 
     `given` sets the fields that no config can. Raises ValueError, which begins with `where` and the
@@ -58,7 +58,7 @@ def build(cls: type, values: Mapping[str, Any], where: str, **given: Any) -> Any
         raise ValueError(f"{where}{error}") from None
 
 
-def at_least(settings: Any, **least: float) -> None:
+def at_least(settings: Any, **least: float | int) -> None:
     """Raises ValueError for a field below its least value."""
     for name, bound in least.items():
         if not getattr(settings, name) >= bound:
@@ -117,7 +117,7 @@ def _keys(cls: type, instance: Any = None) -> Iterator[tuple[str, dataclasses.Fi
             yield field.name, field, default
 
 
-def _build(cls: type, instance: Any, section: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
+def _build(cls: type, instance: Any, section: ConfigDict, given: dict[str, Any]) -> Any:
     hints = typing.get_type_hints(cls)
     values = {}
     for field in dataclasses.fields(cls):

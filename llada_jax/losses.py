@@ -8,19 +8,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def _sigmoid(s: Array, beta: float, e: float) -> Array:
+def _sigmoid(s: Array, beta: float | int, e: float | int) -> Array:
     return -(1 - e) * jax.nn.log_sigmoid(s) - e * jax.nn.log_sigmoid(-s)
 
 
-def _robust(s: Array, beta: float, e: float) -> Array:
+def _robust(s: Array, beta: float | int, e: float | int) -> Array:
     return (-(1 - e) * jax.nn.log_sigmoid(s) + e * jax.nn.log_sigmoid(-s)) / (1 - 2 * e)
 
 
-def _hinge(s: Array, beta: float, e: float) -> Array:
+def _hinge(s: Array, beta: float | int, e: float | int) -> Array:
     return jax.nn.relu(1 - s)
 
 
-def _ipo(s: Array, beta: float, e: float) -> Array:
+def _ipo(s: Array, beta: float | int, e: float | int) -> Array:
     return jnp.square(s / beta - 1 / (2 * beta))
 
 

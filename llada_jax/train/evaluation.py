@@ -42,7 +42,7 @@ class Evaluation:
                 functools.partial(score_variance, settings=plan.settings, repeats=repeats, **kwargs)
             )
 
-    def run(self, params) -> dict[str, float]:
+    def run(self, params) -> dict[str, float | int]:
         """The metrics of these parameters. Raises Stopped if the run is asked to stop meanwhile."""
         found = {}
         if self._plan.heldout is not None:
@@ -51,7 +51,7 @@ class Evaluation:
             found |= self._solve(params)
         return found
 
-    def _heldout(self, params) -> dict[str, float]:
+    def _heldout(self, params) -> dict[str, float | int]:
         plan = self._plan
 
         def metrics_of(batch):
@@ -72,7 +72,7 @@ class Evaluation:
         )
         return heldout.over_batches(metrics_of, batches)
 
-    def _solve(self, params) -> dict[str, float]:
+    def _solve(self, params) -> dict[str, float | int]:
         plan, tokenizer = self._plan, self._plan.tokenizer
         return responses.solve_rate(
             jax.tree_util.Partial(plan.model.apply, {"params": params}),
@@ -92,7 +92,7 @@ class Evaluation:
         )
 
 
-def shown(plan: Experiment, found: dict[str, float]) -> str:
+def shown(plan: Experiment, found: dict[str, float | int]) -> str:
     """The evaluation's metrics that a person reads, in one line."""
     return ", ".join(f"{name} {_cell(found, name)}" for name in _names(plan) if name in found)
 
@@ -118,5 +118,5 @@ def _names(plan: Experiment) -> tuple[str, ...]:
     return (SOLVE_RATE, *plan.objective.heldout)
 
 
-def _cell(found: dict[str, float], name: str) -> str:
+def _cell(found: dict[str, float | int], name: str) -> str:
     return f"{found[name]:.4f} +- {found.get(f'{name}_stderr', math.nan):.4f}"

@@ -138,7 +138,7 @@ class Solve:
     batch_size: int = 50  # prompts answered at once
 
     def __post_init__(self):
-        config.at_least(self, limit=0, batch_size=1)
+        config.at_least(self, limit=0, batch_size=1, gen_length=1, steps=1, block_length=1)
         if self.prompts:
             check_schedule(self.steps, self.gen_length, self.block_length)
 

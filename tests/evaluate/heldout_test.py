@@ -1,7 +1,7 @@
 """Held-out evaluation against numpy, exact enumeration and toy models. Scorers: pairs_test.py."""
 
+import functools
 import json
-import pathlib
 import signal
 
 import flax.linen as nn
@@ -9,20 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import ROOT, config_of, make_batch
 
-from configs import base
-from llada_jax import elbo, metrics, noise, variance
-from llada_jax.batch import Batch
+from llada_jax import elbo, metrics, noise
 from llada_jax.evaluate import heldout, responses
 from llada_jax.metrics import Mean
 from llada_jax.models.llada import LLaDA, ModelConfig
-from llada_jax.objectives import preference
+from llada_jax.objectives import OBJECTIVES, preference
 from llada_jax.objectives import terms as terms_lib
+from llada_jax.objectives.denoising import Denoising
 from llada_jax.objectives.preference import Preference
 from llada_jax.tasks import sudoku
 from llada_jax.tokenizer import Tokenizer
-from llada_jax.train import experiment, loop
-from llada_jax.train.loop import STOPPED
+from llada_jax.train import STOPPED, make_plan, train
+from llada_jax.variance.heldout import score_variance
+from llada_jax.variance.problem import NESTED_EPOCH
 
 MASK = 7
 MODEL = LLaDA(
@@ -40,24 +41,7 @@ def params():
 @pytest.fixture(scope="module")
 def batch():
     """Two rows of two segments, and one of padding."""
-    rng = np.random.default_rng(0)
-    tokens, segments, positions, response = (np.zeros((3, 12), np.int32) for _ in range(4))
-    for row, samples in enumerate(LAYOUT):
-        start = 0
-        for number, (prompt, answer) in enumerate(samples, 1):
-            size = prompt + answer
-            here = np.s_[row, start : start + size]
-            tokens[here], segments[here], positions[here] = (
-                rng.integers(0, MASK, size),
-                number,
-                np.arange(size),
-            )
-            response[row, start + prompt : start + size] = 1
-            start += size
-    rows = np.array([0, 1, -1], np.int32)
-    return jax.tree.map(
-        jnp.asarray, Batch(tokens, segments, positions, response > 0, rows, np.zeros(3, np.int32))
-    )
+    return make_batch(LAYOUT, 12, vocab=MASK)
 
 
 def test_batches_merge_as_numpy_says(batch):
@@ -100,14 +84,9 @@ def test_elbo_per_token_approaches_the_exact_one(params, batch):
 
     def metric(epoch):  # another pass draws other noise
         here = batch.replace(epochs=jnp.full(3, epoch))
-        kwargs = {
-            "model": MODEL,
-            "scheme": noise.Scheme(64),
-            "seed": 0,
-            "num_segments": 2,
-            "chunk": 32,
-        }
-        return heldout.denoising_metrics(params, here, **kwargs)["elbo_per_token"]
+        settings = Denoising(noise.Scheme(64), mc_chunk=32, stream="evaluate")
+        kwargs = {"objective": OBJECTIVES["sft"], "model": MODEL, "settings": settings}
+        return heldout.heldout_metrics(params, here, None, **kwargs)["elbo_per_token"]
 
     found = list(map(jax.jit(metric), range(16)))
     values = np.array([mean.value for mean in found])
@@ -120,14 +99,15 @@ def test_elbo_per_token_approaches_the_exact_one(params, batch):
 
 def test_preference_metrics_are_means_over_pairs(params, batch):
     settings = Preference(beta=0.5, scheme=noise.Scheme(4))
-    kwargs = {"model": MODEL, "settings": settings, "num_segments": 2}
+    kwargs = {"model": MODEL, "settings": settings}
     # Every term of the reference lower: winner and loser of row 0 by 2 and 1 nats, of row 1 by 1 and 4.
     lower = np.array([[2, 1], [1, 4], [0, 0]], np.float32)
 
     @jax.jit
     def metrics(params, batch):
         same = preference.reference_terms(params, batch, **kwargs)
-        return heldout.preference_metrics(params, batch, same - lower[:, None], **kwargs)
+        batch = batch.replace(reference=same - lower[:, None])
+        return heldout.heldout_metrics(params, batch, None, objective=OBJECTIVES["vrpo"], **kwargs)
 
     found = metrics(params, batch)
     truth = {
@@ -153,27 +133,23 @@ def test_score_variance_is_that_of_repeats_and_of_nested_draws(params, batch, sh
     scheme = noise.Scheme(2, times="stratified", share_in_pair="masks")
     settings = Preference(beta=0.5, scheme=scheme, share_noise=share_noise, seed=3)
     reference = jax.tree.map(lambda x: 1.3 * x, params)
-    kwargs = {"model": MODEL, "num_segments": 2}
-    compiled = jax.jit(
-        lambda *args: variance.score_variance(*args, settings=settings, repeats=5, **kwargs)
-    )
+    compiled = jax.jit(functools.partial(score_variance, model=MODEL, settings=settings, repeats=5))
     found = compiled(params, batch, reference)
 
     def scores(scheme, epoch, share_noise):  # [n, pairs]
         rows = batch.replace(epochs=jnp.full(3, epoch))
-        drawn = [
-            terms_lib.draw(rows, scheme, seed=3, stream=s, num_segments=2)
-            for s in ("evaluate", "reference")
+        drawn = [terms_lib.draw(rows, scheme, seed=3, stream=s) for s in ("evaluate", "reference")]
+        terms = [
+            terms_lib.model_terms(MODEL, p, rows, d)
+            for p, d in ((params, drawn[0]), (reference, drawn[0 if share_noise else 1]))
         ]
-        terms = [terms_lib.model_terms(MODEL, p, rows, d, num_segments=2)
-                 for p, d in ((params, drawn[0]), (reference, drawn[0 if share_noise else 1]))]  # fmt: skip
         ratio = np.asarray(terms[0] - terms[1], np.float64)
         return 0.5 * ratio[:, :2]
 
     repeats = np.stack([scores(scheme, k, share_noise).mean(0) for k in range(5)])
     truth = (repeats[..., 0] - repeats[..., 1]).var(0, ddof=1)
     nested = np.stack(
-        [scores(noise.Scheme(1, 2), variance.NESTED_EPOCH + k, True) for k in range(5)]
+        [scores(noise.Scheme(1, 2), NESTED_EPOCH + k, True) for k in range(5)]
     )  # [t, y, q, 2]
     v_yt = nested.var(1, ddof=1).mean(0)
     v_t = nested.mean(1).var(0, ddof=1) - v_yt / 2
@@ -187,7 +163,7 @@ def test_score_variance_is_that_of_repeats_and_of_nested_draws(params, batch, sh
 
 
 VRPO = {
-    "init_from": str(pathlib.Path(sudoku.__file__).parent / "assets" / "sudoku"),
+    "init_from": str(ROOT / "llada_jax" / "assets" / "sudoku"),
     "num_steps": 2,
     "data.holdout": 0.2,
     "data.template": "plain",
@@ -206,9 +182,8 @@ def plan_of(write, workdir, **changes):
     wrong = str.maketrans("1234", "2341")
     records = [{"prompt": r["prompt"], "chosen": r["response"], "rejected": r["response"].translate(wrong)}
                for r in sudoku.records(40, seed=2)]  # fmt: skip
-    config = base.get_config()
-    config.update_from_flattened_dict(VRPO | {"data.train": write(records), **changes})
-    return experiment.make_plan(config, workdir)
+    config = config_of(VRPO | {"data.train": write(records), **changes})
+    return make_plan(config, workdir)
 
 
 @pytest.mark.slow
@@ -225,7 +200,7 @@ def test_training_logs_the_variance_of_its_score_where_asked_and_resumed(
     names = [
         f"eval/score_{name}{end}" for name in ("variance", "v_t", "v_yt") for end in ("", "_stderr")
     ]
-    assert loop.train(plan_of(write, tmp_path / "whole")) == 0
+    assert train(plan_of(write, tmp_path / "whole")) == 0
     before, after = evaluations(tmp_path / "whole")
     assert all(abs(before[name]) < 1e-9 for name in names)  # the policy is its reference yet
     assert (
@@ -243,14 +218,12 @@ def test_training_logs_the_variance_of_its_score_where_asked_and_resumed(
 
     with monkeypatch.context() as patch:
         patch.setattr(metrics.Writer, "write", stopping)
-        assert loop.train(plan_of(write, tmp_path / "stopped")) == STOPPED
-    assert loop.train(plan_of(write, tmp_path / "stopped")) == 0
+        assert train(plan_of(write, tmp_path / "stopped")) == STOPPED
+    assert train(plan_of(write, tmp_path / "stopped")) == 0
     assert evaluations(tmp_path / "stopped") == [before, after]
     # Where it is no longer asked for, it is not measured, and the table at the end does without.
     assert (
-        loop.train(
-            plan_of(write, tmp_path / "stopped", **{"eval.variance_repeats": 0, "num_steps": 3})
-        )
+        train(plan_of(write, tmp_path / "stopped", **{"eval.variance_repeats": 0, "num_steps": 3}))
         == 0
     )
     assert not set(names) & evaluations(tmp_path / "stopped")[-1].keys()
@@ -261,14 +234,19 @@ def test_training_logs_the_variance_of_its_score_where_asked_and_resumed(
     [
         ({"eval.variance_repeats": 2}, "=2 is too few: at least 3, or 0"),
         ({"eval.variance_repeats": -1}, "=-1 must be at least 0"),
-        ({"objective": "sft"}, "objective='sft' has none of"),
-        ({"vrpo.reference": "cached"}, "beyond cached terms: set vrpo.reference='model'"),
+        ({"vrpo.reference": "cached"}, "no terms are cached: set vrpo.reference='model'"),
         ({"data.holdout": 0.0}, "needs held-out pairs: set data.holdout"),
     ],
 )
 def test_variance_repeats_that_cannot_be_are_one_line(write, tmp_path, changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"config.eval.variance_repeats.*{message}"):
         plan_of(write, tmp_path, **changes)
+
+
+def test_an_objective_without_scores_has_no_variance_of_them(tmp_path):
+    config = config_of({"objective": "sft", "eval.variance_repeats": 3, "data.holdout": 0.1})
+    with pytest.raises(ValueError, match="objective='sft' does not have: set it to 0"):
+        make_plan(config, tmp_path)
 
 
 class Digits(Tokenizer):

@@ -13,12 +13,12 @@ from llada_jax import metrics, noise
 from llada_jax.batch import Batch
 from llada_jax.evaluate import heldout
 from llada_jax.models.llada import LLaDA, ModelConfig
-from llada_jax.objectives import preference
+from llada_jax.objectives import OBJECTIVES, preference
 from llada_jax.objectives.preference import Preference
 from llada_jax.parallel import mesh
 from llada_jax.parallel.split import Parallel
 from llada_jax.train import optim, state
-from llada_jax.train import step as step_lib
+from llada_jax.train.step import train_step
 
 ROWS, LENGTH, SEGMENTS, NUM_STEPS = 16, 24, 4, 5
 MODEL = LLaDA(
@@ -29,7 +29,8 @@ MODEL = LLaDA(
     logps_chunk=24,  # no divisor of the vocabulary, nor of a shard of it
 )
 SETTINGS = Preference(scheme=noise.Scheme(n_t=2))
-KWARGS = {"model": MODEL, "settings": SETTINGS, "num_segments": SEGMENTS}
+KWARGS = {"model": MODEL, "settings": SETTINGS}
+VRPO = OBJECTIVES["vrpo"]
 # Keeps the gradient of the last update in its state, so that it can be compared.
 KEEP = optax.GradientTransformation(
     lambda params: jax.tree.map(jnp.zeros_like, params), lambda g, s, p=None: (g, g)
@@ -56,6 +57,7 @@ def batch_of(step):
         response_mask=(place >= 2) & (segment_ids > 0),
         row_ids=np.arange(ROWS, dtype=np.int32) + ROWS * step,
         epochs=np.zeros(ROWS, np.int32),
+        num_segments=SEGMENTS,
     )
 
 
@@ -72,22 +74,23 @@ def five_steps(kind, sizes, cached=False, accumulate=1):
         current = state.init_state(MODEL, TX, p.mesh, jax.random.key(0), tree_of(0))
         reference = jax.device_put(tree_of(1), shardings.params)
         step = functools.partial(
-            step_lib.vrpo_step,
+            train_step,
+            objective=VRPO,
             tx=TX,
-            cached=cached,
             accumulate=accumulate,
             axis_name=p.axis_name,
             **KWARGS,
         )
         out_shardings = (shardings, mesh.replicated(p.mesh))
         update = p.jit(
-            step, (False, True, cached), out_rows=False, out_shardings=out_shardings, donate=0
+            step, (False, True, False), out_rows=False, out_shardings=out_shardings, donate=0
         )
         found = []
         for i in range(NUM_STEPS):
-            batch = batch_of(i)
-            extra = p.put(terms_of(i)) if cached else reference
-            current, values = update(current, p.put(batch), extra)
+            batch, frozen = batch_of(i), reference
+            if cached:
+                batch, frozen = batch.replace(reference=terms_of(i)), None
+            current, values = update(current, p.put(batch), frozen)
             found.append(jax.device_get((values["loss"], current.opt_state[0])))
         return found, jax.device_get(current.params)
 
@@ -156,15 +159,14 @@ def test_five_steps_are_those_of_one_device(kind, sizes, cached, accumulate):
 def test_metrics_of_devices_are_those_of_all_rows():
     """Truth: the same evaluation on the whole batch at once; Means of unequal counts, one of them empty."""
     p = make("pmap", (8, 1, 1))
-    batch, terms = batch_of(0), terms_of(0)
-    whole = jax.jit(functools.partial(heldout.preference_metrics, **KWARGS))(
-        tree_of(0), batch, terms
-    )
-    function = functools.partial(heldout.preference_metrics, axis_name=p.axis_name, **KWARGS)
+    batch = batch_of(0).replace(reference=terms_of(0))
+    evaluate = functools.partial(heldout.heldout_metrics, objective=VRPO, **KWARGS)
+    whole = jax.jit(evaluate)(tree_of(0), batch, None)
+    function = functools.partial(evaluate, axis_name=p.axis_name)
     split = p.jit(
-        function, (False, True, True), out_rows=False, out_shardings=mesh.replicated(p.mesh)
+        function, (False, True, False), out_rows=False, out_shardings=mesh.replicated(p.mesh)
     )
-    found = split(tree_of(0), p.put(batch), p.put(terms))
+    found = split(tree_of(0), p.put(batch), None)
     for name, mean in whole.items():
         assert found[name].count == mean.count
         np.testing.assert_allclose(

@@ -8,19 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import make_batch
 
 import llada_jax
 from llada_jax import elbo, losses, noise
 from llada_jax.batch import Batch
 from llada_jax.models.llada import ROWS, LLaDA, ModelConfig
-from llada_jax.objectives import denoising, preference
+from llada_jax.objectives import OBJECTIVES, denoising, preference
 from llada_jax.objectives import terms as terms_lib
-from llada_jax.objectives.denoising import Denoising
+from llada_jax.objectives.denoising import Denoising, Pretraining
 from llada_jax.objectives.preference import Preference
 from llada_jax.parallel import mesh
 from llada_jax.train import optim, state
-from llada_jax.train import step as step_lib
 from llada_jax.train.state import TrainState
+from llada_jax.train.step import train_step
 
 CONFIG = ModelConfig(
     d_model=16,
@@ -42,26 +43,6 @@ LAYOUT = [
 LENGTH, SEGMENTS = 34, 4
 
 
-def make_batch(layout=LAYOUT, length=LENGTH):
-    rng = np.random.default_rng(0)
-    rows = len(layout)
-    fields = {
-        name: np.zeros((rows, length), np.int32) for name in ("tokens", "segment_ids", "positions")
-    }
-    response = np.zeros((rows, length), bool)
-    fields["tokens"][:] = rng.integers(0, 39, (rows, length))
-    for r, segments in enumerate(layout):
-        start = 0
-        for s, (prompt, answer) in enumerate(segments):
-            stop = start + prompt + answer
-            fields["segment_ids"][r, start:stop] = s + 1
-            fields["positions"][r, start:stop] = np.arange(stop - start)
-            response[r, start + prompt : stop] = True
-            start = stop
-    ids = {"row_ids": np.arange(rows, dtype=np.int32), "epochs": np.zeros(rows, np.int32)}
-    return jax.tree.map(jnp.asarray, Batch(**fields, response_mask=response, **ids))
-
-
 def make_params(seed):
     params = jax.jit(MODEL.init)(jax.random.key(seed), jnp.zeros((1, 4), jnp.int32))["params"]
     return jax.tree.map(
@@ -72,7 +53,7 @@ def make_params(seed):
 
 @pytest.fixture(scope="module")
 def batch():
-    return make_batch()
+    return make_batch(LAYOUT, LENGTH)
 
 
 @pytest.fixture(scope="module")
@@ -89,14 +70,14 @@ TX = optax.sgd(1.0)  # an update is minus the gradient
 SETTINGS = Preference(beta=0.2, scheme=noise.Scheme(n_t=2, n_yt=2))
 
 
+def vrpo_step(settings=SETTINGS, **kwargs):
+    kwargs = {"model": MODEL, "tx": TX} | kwargs
+    return functools.partial(train_step, objective=OBJECTIVES["vrpo"], settings=settings, **kwargs)
+
+
 @functools.cache
-def jitted(settings, cached=False, accumulate=1):
-    return jax.jit(
-        functools.partial(
-            step_lib.vrpo_step, model=MODEL, tx=TX, settings=settings, num_segments=SEGMENTS, cached=cached,
-            accumulate=accumulate,
-        )
-    )  # fmt: skip
+def jitted(settings, accumulate=1):
+    return jax.jit(vrpo_step(settings, accumulate=accumulate))
 
 
 def run(policy, batch, reference, settings=SETTINGS, **kwargs):
@@ -134,15 +115,14 @@ def test_golden_vrpo_scores_loss_and_gradient(golden):
     drawn = noise.Noise(jnp.asarray(masked), jnp.asarray(np.where(masked, weights, 0)))
     zeros = np.zeros(2, np.int32)
     packed = jax.tree.map(
-        jnp.asarray, Batch(tokens, segment_ids, positions, masked.any(0), zeros, zeros)
+        jnp.asarray,
+        Batch(tokens, segment_ids, positions, masked.any(0), zeros, zeros, num_segments=2),
     )
     beta = float(arrays["vrpo_beta"])
 
     def loss_fn(params):
-        policy = terms_lib.model_terms(model, params, packed, drawn, num_segments=2, chunk=2).mean(
-            0
-        )
-        fixed = terms_lib.model_terms(model, reference, packed, drawn, num_segments=2).mean(0)
+        policy = terms_lib.model_terms(model, params, packed, drawn, chunk=2).mean(0)
+        fixed = terms_lib.model_terms(model, reference, packed, drawn).mean(0)
         loss, metrics = losses.preference_loss(
             policy[:, 0], policy[:, 1], fixed[:, 0], fixed[:, 1], beta=beta
         )
@@ -172,7 +152,7 @@ def test_golden_vrpo_scores_loss_and_gradient(golden):
 
 def test_the_loss_is_what_equations_6_and_8_say(policy, frozen, batch):
     """A second route: full logits of every segment alone, one draw at a time, without packing."""
-    drawn = terms_lib.draw(batch, SETTINGS.scheme, seed=0, stream="policy", num_segments=SEGMENTS)
+    drawn = terms_lib.draw(batch, SETTINGS.scheme, seed=0, stream="policy")
 
     @jax.jit
     def elbo_of(params, tokens, masked, weights):
@@ -219,10 +199,8 @@ def test_accumulation_changes_nothing(policy, frozen, batch, accumulate):
 @pytest.mark.parametrize("share_noise", [True, False])
 def test_cached_reference_is_the_reference(policy, frozen, batch, share_noise):
     settings = dataclasses.replace(SETTINGS, share_noise=share_noise)
-    terms = preference.reference_terms(
-        frozen, batch, model=MODEL, settings=settings, num_segments=SEGMENTS
-    )
-    cached = run(policy, batch, terms, settings, cached=True, accumulate=2)
+    terms = preference.reference_terms(frozen, batch, model=MODEL, settings=settings)
+    cached = run(policy, batch.replace(reference=terms), None, settings, accumulate=2)
     assert_same(cached, run(policy, batch, frozen, settings))
 
 
@@ -249,13 +227,8 @@ def test_the_reported_error_of_the_score_is_the_true_one(
 
     def score(seed):
         rows = batch.replace(epochs=jnp.full(4, seed, jnp.int32))
-        terms = preference.reference_terms(
-            frozen, rows, model=MODEL, settings=settings, num_segments=SEGMENTS
-        )
-        metrics, is_pair = preference.score_pairs(
-            policy, rows, terms, model=MODEL, settings=settings, num_segments=SEGMENTS
-        )
-        return metrics["rewards/margins"], metrics["score/mc_variance"], is_pair
+        metrics = preference.score_pairs(policy, rows, frozen, model=MODEL, settings=settings)
+        return metrics["rewards/margins"], metrics["score/mc_variance"], preference.is_pair(rows)
 
     scores, variances, is_pair = jax.jit(lambda seeds: jax.lax.map(score, seeds))(jnp.arange(300))
     true, reported = scores.var(0, ddof=1)[is_pair[0]], variances.mean(0)[is_pair[0]]
@@ -269,9 +242,7 @@ def test_the_error_of_the_score_is_logged_only_where_it_is_known(policy, frozen,
         noise.Scheme(1, 2),
     ):
         settings = dataclasses.replace(SETTINGS, scheme=scheme)
-        step = functools.partial(
-            step_lib.vrpo_step, model=MODEL, tx=TX, settings=settings, num_segments=SEGMENTS
-        )
+        step = vrpo_step(settings)
         before = TrainState(jnp.zeros((), jnp.int32), policy, TX.init(policy))
         metrics = jax.eval_shape(step, before, batch, frozen)[1]
         assert "rewards/margins" in metrics and not [
@@ -287,7 +258,7 @@ def test_rows_of_padding_and_other_rows_order_change_nothing(policy, frozen, bat
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)], ids=str)
 def test_a_mesh_of_eight_computes_what_one_device_does(policy, frozen, sizes):
-    batch = make_batch(LAYOUT * 2)
+    batch = make_batch(LAYOUT * 2, LENGTH)
     one = run(policy, batch, frozen, accumulate=1)
     mesh8 = mesh.make_mesh(*sizes)
     tx = optim.make_optimizer(optim.make_schedule(peak=1e-3, warmup_steps=0, num_steps=10))
@@ -318,13 +289,7 @@ def test_memory_does_not_grow_with_the_budget():
 
     def temporaries(n, chunk):
         settings = dataclasses.replace(SETTINGS, scheme=noise.Scheme(n_t=n), mc_chunk=chunk)
-        step = functools.partial(
-            step_lib.vrpo_step,
-            model=model,
-            tx=optax.identity(),
-            settings=settings,
-            num_segments=SEGMENTS,
-        )
+        step = vrpo_step(settings, model=model, tx=optax.identity())
         compiled = jax.jit(step).lower(before, batch, params).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
@@ -352,9 +317,7 @@ def test_no_logits_beyond_a_chunk():
         model = LLaDA(config, logps_chunk=chunk)
         params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
         params = jax.tree.map(lambda x: x.value, params, is_leaf=lambda x: hasattr(x, "value"))
-        step = functools.partial(
-            step_lib.vrpo_step, model=model, tx=TX, settings=SETTINGS, num_segments=SEGMENTS
-        )
+        step = vrpo_step(model=model)
         before = TrainState(jnp.zeros((), jnp.int32), params, TX.init(params))
         text = jax.jit(step).lower(before, batch, params).compile().as_text()
         shapes = [tuple(map(int, s.split(","))) for s in re.findall(r"f32\[([\d,]+)\]", text)]
@@ -366,19 +329,24 @@ def test_no_logits_beyond_a_chunk():
     )
 
 
-def denoise(params, batch, settings, accumulate=1, step=step_lib.sft_step):
+def denoise(params, batch, settings, accumulate=1, objective="sft"):
     before = TrainState(jnp.zeros((), jnp.int32), params, TX.init(params))
     fn = functools.partial(
-        step, model=MODEL, tx=TX, settings=settings, num_segments=SEGMENTS, accumulate=accumulate
+        train_step,
+        objective=OBJECTIVES[objective],
+        model=MODEL,
+        tx=TX,
+        settings=settings,
+        accumulate=accumulate,
     )
-    after, metrics = jax.jit(fn)(before, batch)
+    after, metrics = jax.jit(fn)(before, batch, None)
     return jax.tree.map(lambda a, b: a - b, before.params, after.params), metrics
 
 
 def test_sft_is_cross_entropy_over_p_and_answer_length(policy, batch):
     """The formula of the spec, from full logits at the very masks of the step."""
     settings = Denoising()
-    drawn = terms_lib.draw(batch, settings.scheme, seed=0, stream="policy", num_segments=SEGMENTS)
+    drawn = terms_lib.draw(batch, settings.scheme, seed=0, stream="policy")
     logits = MODEL.apply(
         {"params": policy}, jnp.where(drawn.masked[0], 39, batch.tokens), segment_ids=batch.segment_ids,
         positions=batch.positions,
@@ -398,15 +366,17 @@ def test_sft_is_cross_entropy_over_p_and_answer_length(policy, batch):
 
 
 def test_pretraining_cuts_some_rows_short(policy):
-    batch = make_batch([[(0, LENGTH)]] * 64)
-    settings = Denoising(crop_probability=0.3)
+    batch = make_batch([[(0, LENGTH)]] * 64, LENGTH)
+    settings = Pretraining(crop_probability=0.3)
     cropped = denoising.crop(batch, settings)
     lengths = np.asarray((cropped.segment_ids > 0).sum(1))
     np.testing.assert_array_equal(cropped.response_mask, cropped.segment_ids > 0)
     assert 8 < (lengths < LENGTH).sum() < 32 and lengths.min() >= 1
     assert len(set(lengths.tolist())) > 6
-    np.testing.assert_array_equal(denoising.crop(batch, Denoising()).segment_ids, batch.segment_ids)
-    _, metrics = denoise(policy, batch, settings, step=step_lib.pretrain_step)
+    np.testing.assert_array_equal(
+        denoising.crop(batch, Pretraining()).segment_ids, batch.segment_ids
+    )
+    _, metrics = denoise(policy, batch, settings, objective="pretrain")
     assert np.isfinite(metrics["loss"])
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import doctest
 import json
-import pathlib
 import shutil
 import subprocess
 import sys
@@ -12,12 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ROOT
+from helpers import ROOT, refusal, run_command
 
 from llada_jax import noise, variance
 from llada_jax.batch import Batch
-from llada_jax.variance import EVERYTHING, Estimator, Moments, Problem
-from llada_jax.variance.__main__ import main
+from llada_jax.checkpoints import loading
+from llada_jax.variance import EVERYTHING, Estimator, Moments, Problem, tables
+from llada_jax.variance import __main__ as command
+from llada_jax.variance.columns import UP_PROJ
+from llada_jax.variance.measure import Run
 
 SUDOKU = ROOT / "llada_jax" / "assets" / "sudoku"
 MASK = 7
@@ -58,7 +60,13 @@ def toy():
             response[row, start : start + 2] = False
     tokens = rng.integers(0, MASK, (2, 16)).astype(np.int32)
     batch = Batch(
-        tokens, segments, np.zeros_like(tokens), response, np.arange(2), np.zeros(2, np.int32)
+        tokens,
+        segments,
+        np.zeros_like(tokens),
+        response,
+        np.arange(2),
+        np.zeros(2, np.int32),
+        num_segments=2,
     )
     batch = jax.tree.map(jnp.asarray, batch)
 
@@ -68,8 +76,8 @@ def toy():
             "slope": jnp.float32(0.02 * seed),
         }
 
-    terms_fn = variance.terms_of(toy_logits, mask_id=MASK, num_segments=2)
-    return params(1), params(2), batch, Problem(terms_fn, 2, beta=0.1, parts=PARTS)
+    terms_fn = variance.terms_of(toy_logits, mask_id=MASK)
+    return params(1), params(2), batch, Problem(terms_fn, beta=0.1, parts=PARTS)
 
 
 def test_the_example_in_the_docstring_runs():
@@ -145,11 +153,7 @@ def test_streamed_moments_are_those_of_stacked_gradients():
 def test_the_gradient_of_several_pairs_is_autodiffs_of_a_loss_written_out(toy, share_noise):
     params, reference, batch, problem = toy
     # Rows with room for two pairs that hold one: the mean is over pairs, not over places.
-    problem = dataclasses.replace(
-        problem,
-        num_segments=4,
-        terms_fn=variance.terms_of(toy_logits, mask_id=MASK, num_segments=4),
-    )
+    batch = batch.replace(num_segments=4)
     estimator = Estimator(noise.Scheme(3), share_noise)
     estimate = jax.jit(problem.estimate, static_argnames="estimator")
     (found,), elbos = estimate(params, reference, batch, jnp.int32(5), estimator=estimator)
@@ -270,9 +274,11 @@ def test_theorem_4_and_the_limits_of_one_pair_against_enumeration():
     segments = jnp.repeat(jnp.array([[1, 2]]), 6, axis=1)
     response = jnp.arange(12) % 6 < size[np.arange(12) // 6]
     zeros = jnp.zeros((1, 12), int)
-    batch = Batch(zeros, segments, zeros, response[None], jnp.zeros(1, int), jnp.zeros(1, int))
-    terms_fn = variance.terms_of(by_count, mask_id=MASK, num_segments=2)
-    problem = Problem(terms_fn, 2, beta, parts=(EVERYTHING,), one_pair=True)
+    batch = Batch(
+        zeros, segments, zeros, response[None], jnp.zeros(1, int), jnp.zeros(1, int), num_segments=2
+    )
+    terms_fn = variance.terms_of(by_count, mask_id=MASK)
+    problem = Problem(terms_fn, beta, parts=(EVERYTHING,), one_pair=True)
     params, reference = {"t": jnp.float32(theta)}, {"t": jnp.float32(other)}
     problem = dataclasses.replace(problem, terms_fn=lambda p, *rest: terms_fn(p["t"], *rest))
 
@@ -419,7 +425,7 @@ def test_the_table_of_one_pair_a_batch_has_theorem_4_and_both_limits():
         truth = {"is_pair": np.ones((1, 1), bool), "elbos": np.zeros((2, 2, 1, 2)), "score norm": np.array([16.0]),
                  "variance": np.zeros(1)}  # fmt: skip
         found.append({"two": of, "nested": nested, "truth": truth})
-    table = variance.tabulate(found, [estimator], parts=(EVERYTHING,), beta=1.0, flops=1.0)
+    table = tables.tabulate(found, [estimator], parts=(EVERYTHING,), beta=1.0, flops=1.0)
     column, split = table["columns"]["two"], table["decomposition"][f"gradient: {EVERYTHING}"]
     c, scores = (
         np.array([4.0, 7.0]),
@@ -436,15 +442,15 @@ def test_the_table_of_one_pair_a_batch_has_theorem_4_and_both_limits():
     assert split["best independent times / iid"][0] == variance.best_times(
         squares, shares, np.ones(2)
     )(np.arange(2))
-    text = variance.as_text(table)
+    text = tables.as_text(table)
     assert "budget by pair / equal: all" in text and text.count("best independent times / iid") == 3
     del (
         found[1]["two"]["score trace"],
         found[1]["nested"]["squares"],
     )  # several pairs a batch have neither
-    table = variance.tabulate(found, [estimator], parts=(EVERYTHING,), beta=1.0, flops=1.0)
+    table = tables.tabulate(found, [estimator], parts=(EVERYTHING,), beta=1.0, flops=1.0)
     assert not any("Theorem 4" in k or "budget" in k for k in table["columns"]["two"])
-    assert variance.as_text(table).count("best independent times / iid") == 2
+    assert tables.as_text(table).count("best independent times / iid") == 2
 
 
 def test_the_table_against_numbers_by_hand():
@@ -489,7 +495,7 @@ def test_the_table_against_numbers_by_hand():
             found[pair][name] = {k: np.asarray(v, float) for k, v in of.items()} | {
                 "elbos": elbos(values[pair], pair)
             }
-    table = variance.tabulate(found, estimators, parts=(EVERYTHING,), beta=0.5, flops=1e9)
+    table = tables.tabulate(found, estimators, parts=(EVERYTHING,), beta=0.5, flops=1e9)
     vrpo, one_time, ours = table["columns"].values()
 
     def loss(score):
@@ -515,7 +521,7 @@ def test_the_table_against_numbers_by_hand():
         2 / 2 * 1 / 5
     )
     assert [column["FLOPs a pair"] for column in table["columns"].values()] == [8e9, 8e9, 16e9]
-    text = variance.as_text(table).splitlines()
+    text = tables.as_text(table).splitlines()
     assert text[0].split()[:3] == ["estimator", "n", "FLOPs"] and text[3].split()[:3] == [
         "ours",
         "4",
@@ -569,8 +575,10 @@ def test_bootstrap_covers():
         ([], "plots need matplotlib: pip install 'llada_jax[plot]', or --no_plots"),
     ],
 )
-def test_bad_flags_are_one_line_before_a_model_is_read(flags, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(variance_run.convert, "load", lambda *args: pytest.fail("a model was read"))
+def test_bad_flags_are_one_line_before_a_model_is_read(
+    flags, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(loading, "load", lambda *args: pytest.fail("a model was read"))
     if not flags:
         monkeypatch.setitem(sys.modules, "matplotlib", None)
     argv = [
@@ -578,13 +586,13 @@ def test_bad_flags_are_one_line_before_a_model_is_read(flags, message, tmp_path,
         f"--reference={SUDOKU}",
         f"--pairs=jsonl:{SUDOKU / 'pairs.jsonl.gz'}",
     ]
-    with pytest.raises(SystemExit) as error:
-        main([*argv, f"--out={tmp_path}", "--batch_rows=8", *flags])
-    assert message in str(error.value) and "\n" not in str(error.value)
+    said = refusal(capsys, command, *argv, f"--out={tmp_path}", "--batch_rows=8", *flags)
+    assert message in said
 
 
-def test_a_scheme_of_an_imported_module_is_known(tmp_path, monkeypatch):
-    monkeypatch.setattr(noise, "TIMES", dict(noise.TIMES))
+def test_a_scheme_of_an_imported_module_is_known(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(noise.TIMES, "mine", None)  # so that it is gone when the test ends
+    del noise.TIMES["mine"]
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "my_schemes.py").write_text(
         "from llada_jax import noise\nnoise.TIMES['mine'] = noise.TIMES['iid']\n"
@@ -594,15 +602,14 @@ def test_a_scheme_of_an_imported_module_is_known(tmp_path, monkeypatch):
         ([], "times='mine' is not one of"),
         (["--import=my_schemes"], "--mc_chunk=-1: at least"),
     ):
-        with pytest.raises(SystemExit, match=message):
-            main([*argv, *flags])
+        assert message in refusal(capsys, command, *argv, *flags)
 
 
-def test_other_weights_at_the_same_path_do_not_reuse_results(tmp_path, monkeypatch):
+def test_other_weights_at_the_same_path_do_not_reuse_results(tmp_path, monkeypatch, capsys):
     def measure(run):
         raise ValueError("measured")
 
-    monkeypatch.setattr(variance.Run, "measure", measure)
+    monkeypatch.setattr(Run, "measure", measure)
     policy = shutil.copytree(SUDOKU, tmp_path / "policy")
     weights = policy / "model.safetensors"
 
@@ -620,9 +627,7 @@ def test_other_weights_at_the_same_path_do_not_reuse_results(tmp_path, monkeypat
             "--batch_rows=8",
             "--no_plots",
         ]
-        with pytest.raises(SystemExit) as error:
-            main([*argv, f"--out={tmp_path / 'out'}"])
-        return str(error.value)
+        return refusal(capsys, command, *argv, f"--out={tmp_path / 'out'}")
 
     assert ends_with() == "error: measured"
     data = weights.read_bytes()
@@ -632,7 +637,7 @@ def test_other_weights_at_the_same_path_do_not_reuse_results(tmp_path, monkeypat
         "holds results with other weights of the policy=" in refused
         and "give another --out" in refused
     )
-    assert "reference" not in refused and "\n" not in refused
+    assert "reference" not in refused
 
 
 @pytest.mark.slow
@@ -642,20 +647,20 @@ def test_the_command_measures_goes_on_and_says_the_same(tmp_path, capsys, monkey
         "--no_eos", "--row_length=66", "--pairs_limit=8", "--batch_rows=8", "--repeats=2", "--truth=2", "--nested_t=3",
         "--nested_yt=2", "--only_schemes", "--schemes=n_t=2", "--schemes=n_t=1,share_noise=no", f"--out={tmp_path}",
     ]  # fmt: skip
-    main(argv)
+    run_command(command, *argv)
     text = capsys.readouterr().out
     table = json.loads((tmp_path / "table.json").read_text())
     # Policy and reference are the same model: shared noise leaves no variance of the score.
     assert max(table["columns"]["n_t=2"]["score variance"]) < 1e-9
     assert table["columns"]["n_t=1,share_noise=no"]["score variance"][0] > 0.01
     assert table["columns"]["n_t=2"][f"gradient variance: {EVERYTHING}"][0] > 0
-    assert table["columns"]["n_t=2"][f"gradient variance: {variance.UP_PROJ}"][0] > 0
+    assert table["columns"]["n_t=2"][f"gradient variance: {UP_PROJ}"][0] > 0
     assert {p.name for p in tmp_path.glob("*.png")} == {"variance.png", "bias.png", "terms.png"}
     assert "n_t=1,share_noise=no" in (tmp_path / "table.csv").read_text()
 
     (tmp_path / "batch00000" / "n_t=2.npz").unlink()  # as if it had been stopped
-    monkeypatch.setattr(variance_report, "_plot", lambda table, out: None)
-    main(argv)
+    monkeypatch.setattr(tables, "plot", lambda table, out: None)
+    run_command(command, *argv)
     again = capsys.readouterr().out
     assert [line for line in again.splitlines() if "repeat " not in line] == [
         line for line in text.splitlines() if "repeat " not in line
@@ -665,15 +670,13 @@ def test_the_command_measures_goes_on_and_says_the_same(tmp_path, capsys, monkey
         f"--out={tmp_path / 'one'}" if "--out" in flag else flag.replace("limit=8", "limit=1")
         for flag in argv
     ]
-    main(one)
+    run_command(command, *one)
     column = json.loads((tmp_path / "one" / "table.json").read_text())["columns"]["n_t=2"]
     for left, name in (("error", "gradient error"), ("variance", "gradient variance")):
         value = np.ravel(column[f"{name}: {EVERYTHING}"])[0]
         assert 0 < value <= column[f"Theorem 4: bound of gradient {left}: {EVERYTHING}"]
     assert column[f"budget by pair / equal: {EVERYTHING}"] == pytest.approx([1, 1, 1])
-    with pytest.raises(SystemExit) as error:
-        main([*argv, "--beta=0.5"])
-    assert "holds results with other beta=0.2" in str(error.value)
+    assert "holds results with other beta=0.2" in refusal(capsys, command, *argv, "--beta=0.5")
 
 
 @pytest.fixture(scope="module")
@@ -686,7 +689,7 @@ def measured(tmp_path_factory):
         "--nested_yt=2", "--only_schemes", "--schemes=n_t=2,share_noise=no", "--no_plots",
         "--dtype=float32",
     ]  # fmt: skip
-    main([*argv, f"--out={out}"])
+    run_command(command, *argv, f"--out={out}")
     arrays = arrays_in(out)
     assert len(arrays) == 12
     return argv, arrays
@@ -712,7 +715,7 @@ def assert_measured_alike(found, expected):
 @pytest.mark.slow
 def test_without_gradients_the_rest_is_the_same(measured, tmp_path, capsys):
     argv, expected = measured
-    main([*argv, f"--out={tmp_path}", "--no_gradient"])
+    run_command(command, *argv, f"--out={tmp_path}", "--no_gradient")
     rest = {
         name: x
         for name, x in expected.items()
@@ -726,7 +729,7 @@ def test_without_gradients_the_rest_is_the_same(measured, tmp_path, capsys):
 @pytest.mark.slow
 def test_split_parameters_measure_the_same(measured, tmp_path):
     argv, expected = measured
-    main([*argv, f"--out={tmp_path}", "--fsdp=2", "--tensor=2"])
+    run_command(command, *argv, f"--out={tmp_path}", "--fsdp=2", "--tensor=2")
     assert_measured_alike(arrays_in(tmp_path), expected)
 
 
