@@ -1,8 +1,8 @@
 """Masked diffusion language models in JAX: LLaDA, VRPO, and a laboratory for ELBO estimators.
 
 `from llada_jax import elbo` estimates the ELBO of any `logits_fn`. `llada_jax.load(path)` opens
-published weights or a checkpoint of this library. `python -m llada_jax.train --config=FILE
---workdir=DIR` trains a model.
+published weights or a checkpoint of this library.
+`python -m llada_jax.train --config=FILE --workdir=DIR` trains a model.
 """
 
 import importlib
