@@ -131,7 +131,10 @@ class Run:
         return 0
 
     def step(self) -> tuple[dict[str, Any], int]:
-        """Updates the state on the next batch; returns (metrics on devices, tokens in the batch)."""
+        """Updates the state on the next batch; returns (metrics on devices, tokens of the batch).
+
+        The caller reads the metrics later, so that this call need not wait for the devices.
+        """
         batch: Batch = next(self.loader)
         # The number is for the rates only. Assume that the other hosts have as many tokens.
         tokens = self.plan.parallel.shard[1] * int((batch.segment_ids > 0).sum())

@@ -90,7 +90,7 @@ class Data:
 class Mesh:
     """The number of devices along each axis of the mesh; one may be -1, all that are left."""
 
-    data: int = -1  # devices that split the rows; the only axis that crosses slices; -1: the rest
+    data: int = -1  # devices that split the rows, the one axis between TPU slices; -1: the rest
     fsdp: int = 1  # devices that split the rows and the parameters
     tensor: int = 1  # devices that split heads, MLP and vocabulary
 
