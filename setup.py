@@ -1,4 +1,4 @@
-"""Dependencies of llada_jax; tool settings are in pyproject.toml."""
+"""Declares the package and its dependencies. Tool settings are in pyproject.toml."""
 
 import re
 from pathlib import Path
@@ -6,15 +6,19 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 here = Path(__file__).parent
-version = re.search(r'__version__ = "(.+)"', (here / "llada_jax" / "__init__.py").read_text()).group(1)
+version = re.search(
+    r'__version__ = "(.+)"', (here / "llada_jax" / "__init__.py").read_text()
+).group(1)
 
-# The compiler for pods that are not here: tests/compile_test.py.
+# tests/compile/ compiles for TPU pods. This needs the TPU compiler, but no TPU.
 _TPU_COMPILER = "jax[tpu]>=0.10.2,<0.13; sys_platform == 'linux' and platform_machine == 'x86_64'"
 
 setup(
     name="llada_jax",
     version=version,
-    description="Train, align, measure and sample masked diffusion language models (LLaDA, VRPO) in JAX",
+    description=(
+        "Train, align, measure and sample masked diffusion language models (LLaDA, VRPO) in JAX"
+    ),
     long_description=(here / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -29,7 +33,7 @@ setup(
         "grain>=0.2.18",
         "array_record>=0.8.3",
         "tensorflow-datasets>=4.9.10",
-        "importlib_resources>=6.5",  # tensorflow-datasets imports it without asking for it
+        "importlib_resources>=6.5",  # tensorflow-datasets imports it but does not require it
         "sentencepiece>=0.2.1",
         "tokenizers>=0.22",
         "safetensors>=0.6",
@@ -45,7 +49,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.10.2,<0.13"],
         "gcs": ["etils[epath-gcs]>=1.13"],
         "plot": ["matplotlib>=3.10"],
-        "benchmark": ["torch>=2.8"],  # benchmark torch only
+        "benchmark": ["torch>=2.8"],  # only `python -m llada_jax.benchmark torch` needs it
         "test": [
             "pytest>=9.0",
             "beartype>=0.22",

@@ -1,11 +1,12 @@
-"""The config of an objective, every key at its default. Not an experiment: the files beside it are.
+"""Makes the config of an objective, with every key at its default.
 
-`python -m llada_jax.train --help` lists every key with its comment; docs/training.md says more.
+This file is not an experiment; the files beside it are. `python -m llada_jax.train --help` lists
+every key with its comment. docs/training.md explains them.
 """
 
 from llada_jax.train import settings
 
 
 def get_config(objective: str):
-    """The keys of "pretrain", "sft", "vrpo" or an objective of yours."""
+    """Returns the config of "pretrain", "sft", "vrpo" or an objective of your own."""
     return settings.experiment(objective)

@@ -1,13 +1,17 @@
-"""Pre-trains a LLaDA on plain text, with a tokenizer of its own.
+r"""Pre-trains a LLaDA on plain text, with a tokenizer of its own.
 
-    python -m llada_jax.tokenizer train --input='text/*.jsonl.xz' --vocab_size=2048 --out=runs/tokenizer
-    python -m llada_jax.train --config=configs/pretrain_text.py:small --workdir=runs/pretrain_text \\
+    python -m llada_jax.tokenizer train --input='text/*.jsonl.xz' --vocab_size=2048 \
+        --out=runs/tokenizer
+    python -m llada_jax.train --config=configs/pretrain_text.py:small \
+        --workdir=runs/pretrain_text \
         --config.data.train=jsonl:text/stories.jsonl.xz,jsonl:text/books.jsonl.xz
 
-Two sizes, by the word behind the colon: "medium" (the default, about 20 M parameters at a vocabulary of 8192, for one
-GPU: 10,000 steps of 65,536 tokens) and "small" (1.8 M at 2048, for two CPU cores).
-"small" takes about ten minutes on two free cores (2,700 tokens/s) and reaches a held-out ELBO of -6.26 nats a token
-(-7.66 before); "medium" has not been run.
+The word after the colon is the size:
+
+- "small": 1.8 M parameters at a vocabulary of 2048, for two CPU cores. It takes about ten minutes
+  on two free cores (2,700 tokens/s). Expect a held-out ELBO of -6.26 nats a token (-7.66 before).
+- "medium" (the default): about 20 M parameters at a vocabulary of 8192, for one GPU: 10,000 steps
+  of 65,536 tokens. It has not been run.
 """
 
 from configs import base
@@ -37,7 +41,7 @@ def get_config(size: str = "medium"):
     c.checkpoint.every = 200
     if size == "small":
         c.model.unroll = 6
-        c.data.limit = 740  # records: the stories and some forty books
+        c.data.limit = 740  # number of records: the stories and about forty books
         c.data.holdout = 0.01
         c.data.batch_rows = 16
         c.num_steps = 500

@@ -1,11 +1,19 @@
-"""LLaDA 8B Instruct: supervised fine-tuning of LLaDA 8B Base, the published recipe (arXiv:2502.09992, section 2.3).
+r"""LLaDA 8B Instruct: supervised fine-tuning of LLaDA 8B Base by the published recipe.
 
-    python -m llada_jax.train --config=configs/sft_8b.py --workdir=gs://bucket/run \\
-        --config.init_from=LLaDA-8B-Base --config.data.train=jsonl:sft.jsonl.gz --config.data.cache_dir=/tmp/rows
+    python -m llada_jax.train --config=configs/sft_8b.py --workdir=gs://bucket/run \
+        --config.init_from=LLaDA-8B-Base --config.data.train=jsonl:sft.jsonl.gz \
+        --config.data.cache_dir=/tmp/rows
 
-Three epochs in batches of 256 samples; learning rate 2.5e-5 after 50 steps, constant, down to a tenth in the last
-tenth of the steps; weight decay 0.1. Answers are filled up with EOS, which is part of them: to the end of the row here,
-to the longest of a batch as published (static shapes want one length). Published data: 4.5 million pairs.
+Source: arXiv:2502.09992, section 2.3. Three epochs in batches of 256 samples. The learning rate
+rises to 2.5e-5 in 50 steps, stays constant, and falls to a tenth in the last tenth of the steps.
+Weight decay is 0.1. The published data are 4.5 million pairs.
+
+Responses are padded with EOS, and the padding is part of the response. Here they are padded to the
+end of the row, because static shapes need one length. The published recipe pads to the longest
+response of a batch.
+
+The recipe is for a pod of TPUs or GPUs. It has not been run, so there is no time or score to
+expect.
 """
 
 from configs import base, vrpo_8b

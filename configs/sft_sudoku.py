@@ -3,8 +3,8 @@
     python -m llada_jax.train --config=configs/sft_sudoku.py --workdir=runs/sft_sudoku
     python -m llada_jax.convert export runs/sft_sudoku runs/sudoku_base --dtype=bfloat16
 
-300 steps of 128 puzzles take about two minutes on two CPU cores; expect 57 % of 500 held-out puzzles solved. Stopped
-early on purpose: VRPO is to have something to do.
+300 steps of 128 puzzles take about two minutes on two CPU cores. Expect 57 % of 500 held-out
+puzzles solved. Training stops early on purpose, so that VRPO has errors to remove.
 """
 
 import pathlib
@@ -15,7 +15,7 @@ SUDOKU = pathlib.Path(__file__).resolve().parent.parent / "llada_jax" / "assets"
 
 
 def sudoku(objective: str):
-    """What every objective on Sudoku shares."""
+    """Returns the settings that all objectives on Sudoku share."""
     c = base.get_config(objective)
     c.model.unroll = 4
     c.data.tokenizer = str(SUDOKU / "tokenizer.json")
@@ -44,16 +44,16 @@ def get_config():
         vocab_size=12,
         embedding_size=16,
         max_sequence_length=128,
-        rope_theta=100.0,  # rows of 33 tokens: wavelengths from 6 to 350 tell their places apart
+        rope_theta=100.0,  # wavelengths from 6 to 350 tokens distinguish the 33 places of a row
         mask_token_id=10,
         eos_token_id=6,
         pad_token_id=6,
     )
     c.data.train = "python:llada_jax.tasks.sudoku:records?count=40000&seed=0"
-    c.data.row_length = 33  # bos, 16 cells of the puzzle, 16 of the solution
+    c.data.row_length = 33  # bos, 16 cells of the puzzle, 16 cells of the solution
     c.data.batch_rows = 128
     c.optimizer.warmup_steps = 50
-    # Never brought down: VRPO starts from here and ends at zero.
+    # The learning rate never decays here. VRPO goes on from this model and decays it to zero.
     c.optimizer.schedule = "constant"
     c.optimizer.end_fraction = 1.0
     return c

@@ -1,18 +1,25 @@
-"""LLaDA 1.5: VRPO on LLaDA 8B Instruct, the published recipe (arXiv:2505.19223v2, section 4 and appendix).
+r"""LLaDA 1.5: VRPO on LLaDA 8B Instruct by the published recipe.
 
-    python -m llada_jax.train --config=configs/vrpo_8b.py --workdir=gs://bucket/run \\
-        --config.init_from=LLaDA-8B-Instruct --config.data.train=jsonl:pairs.jsonl.gz --config.data.cache_dir=/tmp/rows
+    python -m llada_jax.train --config=configs/vrpo_8b.py --workdir=gs://bucket/run \
+        --config.init_from=LLaDA-8B-Instruct --config.data.train=jsonl:pairs.jsonl.gz \
+        --config.data.cache_dir=/tmp/rows
 
-350,000 pairs once in batches of 64 (5,468 steps), n = 8, beta 0.2, SFT weight 0.05. Here a batch is 16 packed rows of
-4096 tokens, 64 pairs where a pair takes 1024 tokens; `--dry_run` prints how many pairs a step of yours holds. Published
-cost: about 405 H100 hours. Expect the scores of LLaDA 1.5: GSM8K 83.3, MATH 42.6, HumanEval 52.4, MBPP 42.8. State,
-gradient and reference take about 165 GiB, sharded over `fsdp`: 13 GiB a chip on 16 TPU chips, activations included. A
-word behind a colon names a pod: `configs/vrpo_8b.py:v5e-16` (MESHES below; README: memory and step time).
+Source: arXiv:2505.19223v2, section 4 and appendix. 350,000 pairs once, in batches of 64 (5,468
+steps), n = 8, beta 0.2, SFT weight 0.05. Here a batch is 16 packed rows of 4096 tokens. This is 64
+pairs if a pair takes 1024 tokens; `--dry_run` prints how many of your pairs are in a step.
+
+The published cost is about 405 H100 hours. The published scores of LLaDA 1.5 are the ones to
+expect: GSM8K 83.3, MATH 42.6, HumanEval 52.4, MBPP 42.8. We have compiled the recipe for TPU pods,
+but have not run it.
+
+State, gradient and reference take about 165 GiB, sharded over `fsdp`. That is 13 GiB a chip on 16
+TPU chips, activations included. A word after a colon names a pod, as in
+`configs/vrpo_8b.py:v5e-16` (MESHES below). docs/pods.md#presets has memory and step time of each.
 """
 
 from configs import base
 
-# The published config.json of LLaDA 8B, as far as it says something about the size.
+# The entries of LLaDA 8B's published config.json that define the architecture.
 LLADA_8B = dict(
     d_model=4096,
     n_heads=32,
@@ -28,9 +35,10 @@ LLADA_8B = dict(
 )
 
 
-# Pod type (v5p counts cores, two a chip) -> (fsdp, tensor). README: memory and step time of each, as compiled.
+# Pod type -> (fsdp, tensor). The number of a v5p type counts cores, two for each chip.
+# docs/pods.md#presets has memory and step time of each, as compiled.
 MESHES = {
-    "": (-1, 1),  # all that are there; 16 of any kind below
+    "": (-1, 1),  # all devices; on 16 chips this is the same as the first three below
     "v5p-32": (16, 1),
     "v6e-16": (16, 1),
     "v5e-16": (16, 1),

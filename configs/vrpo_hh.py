@@ -1,12 +1,14 @@
-"""VRPO on HH-RLHF pairs, from the model of configs/sft_text.py.
+r"""VRPO on HH-RLHF pairs, from the model of configs/sft_text.py.
 
-    python -m llada_jax.train --config=configs/vrpo_hh.py --workdir=runs/vrpo_hh \\
+    python -m llada_jax.train --config=configs/vrpo_hh.py --workdir=runs/vrpo_hh \
         --config.data.train=jsonl:hh_rlhf_harmless.jsonl.gz
 
-A tenth of the pairs is held out. For two CPU cores; a GPU takes all of an epoch at n = 8 in minutes
-(`--config.num_steps=0 --config.vrpo.n_t=8 --config.model.dtype=bfloat16`).
-60 steps on two busy cores (10 to 20 s each): held-out implicit-reward accuracy 62.3 +- 3.9 % of 159 pairs, 50 % before;
-on the instructions 56.8 +- 4.2 %.
+A tenth of the pairs is held out. 60 steps are for two CPU cores, and take 10 to 20 s each if the
+cores are busy. Expect a held-out implicit-reward accuracy of 62.3 +- 3.9 % of 159 pairs (50 %
+before). On the instructions instead of HH-RLHF it was 56.8 +- 4.2 %.
+
+A GPU should take a whole epoch at n = 8 in minutes; this has not been run:
+`--config.num_steps=0 --config.vrpo.n_t=8 --config.model.dtype=bfloat16`.
 """
 
 from configs import base

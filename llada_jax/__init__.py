@@ -1,7 +1,8 @@
 """Masked diffusion language models in JAX: LLaDA, VRPO, and a laboratory for ELBO estimators.
 
-`from llada_jax import elbo` measures any `logits_fn`; `llada_jax.load(path)` opens the published
-weights or a checkpoint of ours; `python -m llada_jax.train --config=FILE --workdir=DIR` trains.
+`from llada_jax import elbo` estimates the ELBO of any `logits_fn`. `llada_jax.load(path)` opens
+published weights or a checkpoint of this library.
+`python -m llada_jax.train --config=FILE --workdir=DIR` trains a model.
 """
 
 import importlib
@@ -15,7 +16,8 @@ __all__ = [*_MODULES, *_NAMES]  # noqa: PLE0604 (names of two tables)
 
 
 def __getattr__(name):
-    # Lazy: `import llada_jax` costs nothing, and `python -m llada_jax.x` does not import x twice.
+    # Import lazily, so that `import llada_jax` is cheap, and `python -m llada_jax.x` does not
+    # import x twice.
     if name in _MODULES:
         return importlib.import_module(f"llada_jax.{name}")
     if name in _NAMES:

@@ -1,7 +1,7 @@
-"""What all commands share: flags, errors in one line, exit statuses.
+"""What all commands share: flags, one-line errors and exit statuses.
 
 A command module has `parser()`, which returns a `Parser`, and `main(args)`, which does the work and
-returns an exit status (None is 0). It ends with `sys.exit(cli.run(main, parser()))`.
+returns an exit status (None means 0). It ends with `sys.exit(cli.run(main, parser()))`.
 """
 
 import argparse
@@ -17,12 +17,12 @@ from ml_collections import config_flags
 from llada_jax.parallel import hosts
 
 USAGE, INTERRUPTED = 2, 130  # exit statuses; any other error is 1
-# What a user can mend. Anything else is a bug, and its traceback is shown.
+# Errors that a user can fix are shown in one line. Any other error is a bug: show its traceback.
 EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, MemoryError)
 
 
 class Parser(argparse.ArgumentParser):
-    """Flags of one command; an error is one line."""
+    """The flags of one command. It reports an error in one line."""
 
     def __init__(self, command: str = "", doc: str = "", **settings: Any):
         # `settings` are argparse's own, for the parser of a subcommand.
@@ -39,9 +39,10 @@ class Parser(argparse.ArgumentParser):
         self._takers: list[argparse.ArgumentParser] = []
 
     def take_config(self, keys: Callable[[Any], str], *subcommands: argparse.ArgumentParser):
-        """The command, or some of its subcommands, take --config=FILE and --config.NAME=VALUE.
+        """Adds --config=FILE and --config.NAME=VALUE to the command, or to `subcommands` only.
 
-        `keys(config or None)` describes the keys of a config, for --help.
+        `keys(config)` returns the description of the keys for --help. It gets None if the command
+        line names no config.
         """
         self.keys, self._takers = keys, list(subcommands or (self,))
         for taker in self._takers:
@@ -51,7 +52,7 @@ class Parser(argparse.ArgumentParser):
             taker.add_argument("--config.NAME", metavar="VALUE", help="another value of a key")
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """The flags of a command line; see `parse`."""
+        """Parses a command line; see the function `parse`."""
         if self.keys is None:
             return self.parse_args(argv)
         of_config, others = _split(argv)
@@ -69,14 +70,14 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def error(self, message: str):
-        """Ends the process with the message in one line and status 2."""
+        """Prints the message in one line and ends the process with status 2."""
         self.exit(USAGE, f"error: {one_line(message)}; --help says more\n")
 
 
 def parse(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags of a command line; `config` is a locked ConfigDict, if the command takes one.
+    """Parses a command line; `config` is a locked ConfigDict if the command takes one.
 
-    Ends the process with one line and status 2 for a flag or a config key that does not exist.
+    If a flag or a config key does not exist, it prints one line and ends the process with status 2.
     """
     return parser.parse(list(sys.argv[1:] if argv is None else argv))
 
@@ -86,9 +87,10 @@ def run(
     parser: Parser,
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Parses the flags and does the work; returns the exit status.
+    """Parses the flags and calls `main` with them; returns the exit status.
 
-    Raises SystemExit for an error: one line and status 1, or all of it under LLADA_JAX_TRACEBACK=1.
+    After an error it prints one line and raises SystemExit with status 1. LLADA_JAX_TRACEBACK=1
+    also prints the traceback. An interrupt (Ctrl-C) gives status 130.
     """
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)
@@ -105,12 +107,12 @@ def run(
 
 
 def one_line(text: object) -> str:
-    """The text with every run of white space as one blank."""
+    """Returns the text with every run of white space replaced by one space."""
     return " ".join(str(text).split())
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(flags of the config with their values, what argparse is to see)."""
+    """Returns (the flags of the config with their values, the words for argparse)."""
     of_config, others = [], []
     words = iter(argv)
     for word in words:
@@ -140,7 +142,7 @@ def _read_config(argv: list[str]):
 
 
 def _show(error: BaseException):
-    """Prints the traceback where LLADA_JAX_TRACEBACK=1 asks for it."""
+    """Prints the traceback if LLADA_JAX_TRACEBACK=1 is set."""
     if os.environ.get("LLADA_JAX_TRACEBACK"):
         traceback.print_exception(error)
 

@@ -1,6 +1,8 @@
-"""A config section is a settings dataclass: key, default, refusal and comment stand in one place.
+"""Config sections made from settings dataclasses.
 
-The comment of a key is the comment of its field: behind it, or in the lines right above it.
+A field of a settings dataclass declares a key, its default, its check and its comment in one place.
+The comment of a key is the comment of its field: at the end of its line, or in the lines directly
+above it.
 """
 
 import dataclasses
@@ -16,10 +18,11 @@ from ml_collections import ConfigDict
 
 
 def key(default: Any, *, given: bool = False, changes_result: bool = True) -> Any:
-    """A field of a settings dataclass that is more than a key with a default.
+    """A field of a settings dataclass that is not an ordinary key.
 
-    `given`: the program sets it, no config can. `changes_result` False: it moves memory or speed,
-    and a run may change it in the middle.
+    given: the program sets the field; a config has no key for it.
+    changes_result: if False, the key changes only memory or speed, and a run may change it when it
+        resumes.
     """
     return dataclasses.field(
         default=default, metadata={"given": given, "changes_result": changes_result}
@@ -27,10 +30,12 @@ def key(default: Any, *, given: bool = False, changes_result: bool = True) -> An
 
 
 def section(*classes: type, **changes: Any) -> ConfigDict:
-    """A locked section with the fields of settings dataclasses side by side.
+    """Makes a locked section that has the fields of all the given settings dataclasses.
 
-    A field that is itself a settings dataclass adds its fields, with the defaults of its own default
-    value: `Preference.scheme` gives `vrpo.n_t`. `changes` are other defaults.
+    A field that is itself a settings dataclass adds its own fields instead. Their defaults are the
+    values in the field's default. For example, `Preference.scheme` gives the key `vrpo.n_t`.
+    `changes` replace defaults. Raises TypeError if two dataclasses have the same key, or if
+    `changes` names a key that does not exist.
     """
     values = {}
     for cls in classes:
@@ -47,10 +52,10 @@ def section(*classes: type, **changes: Any) -> ConfigDict:
 
 
 def build(cls: type, values: ConfigDict, where: str, **given: Any) -> Any:
-    """The settings that a section (or the top of a config) holds.
+    """Makes the settings from a section, or from the top level of a config.
 
-    `given` sets the fields that no config can. Raises ValueError, which begins with `where` and the
-    key, for a value of another type or one that the dataclass refuses.
+    `given` sets the fields that have no key. Raises ValueError if a value has the wrong type or if
+    the dataclass refuses it; the message begins with `where` and the key.
     """
     try:
         return _build(cls, None, values, given)
@@ -59,14 +64,14 @@ def build(cls: type, values: ConfigDict, where: str, **given: Any) -> Any:
 
 
 def at_least(settings: Any, **least: float | int) -> None:
-    """Raises ValueError for a field below its least value."""
+    """Raises ValueError if a field is below its minimum."""
     for name, bound in least.items():
         if not getattr(settings, name) >= bound:
             raise ValueError(f"{name}={getattr(settings, name)} must be at least {bound}")
 
 
 def one_of(settings: Any, **known: Any) -> None:
-    """Raises ValueError for a field that is none of the known values."""
+    """Raises ValueError if a field has none of its known values."""
     for name, values in known.items():
         value = getattr(settings, name)
         if value not in values:
@@ -75,7 +80,7 @@ def one_of(settings: Any, **known: Any) -> None:
 
 
 def identity(settings: Any) -> dict[str, Any]:
-    """The value of every field that changes what is computed, nested ones by their own names."""
+    """Returns the values of all fields that change the result, by name; nested fields included."""
     values = {}
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
@@ -87,7 +92,7 @@ def identity(settings: Any) -> dict[str, Any]:
 
 
 def keys(*classes: type) -> Iterator[tuple[str, Any, str]]:
-    """(name, default, comment) of every key of settings dataclasses, for --help and the docs."""
+    """Yields (name, default, comment) of every key of settings dataclasses, for --help and docs."""
     for cls in classes:
         comments = {}
         for owner in _nested(cls):
@@ -106,7 +111,7 @@ def _nested(cls: type) -> Iterator[type]:
 
 
 def _keys(cls: type, instance: Any = None) -> Iterator[tuple[str, dataclasses.Field, Any]]:
-    """(name, field, default) of every key, nested ones in their place."""
+    """Yields (name, field, default) of every key; nested keys come where their field stands."""
     for field in dataclasses.fields(cls):
         default = field.default if instance is None else getattr(instance, field.name)
         if field.metadata.get("given"):
@@ -133,7 +138,10 @@ def _build(cls: type, instance: Any, section: ConfigDict, given: dict[str, Any])
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
-    """The value as its field wants it: a whole number serves as a float, a ConfigDict as a dict."""
+    """Returns the value in the type of its field: int becomes float, ConfigDict becomes dict.
+
+    Raises ValueError for any other type, and for a float that is not finite.
+    """
     if isinstance(value, ConfigDict):
         value = value.to_dict()
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
@@ -148,7 +156,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
 
 
 def _comments(cls: type) -> dict[str, str]:
-    """The comment of every field, from the source of the class; none where there is no source."""
+    """Returns the comment of every field from the source of the class; {} if there is no source."""
     try:
         lines = inspect.getsource(cls).splitlines()
     except (OSError, TypeError):

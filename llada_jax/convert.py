@@ -1,9 +1,9 @@
-"""Published weights <-> ours: Hugging Face style folders of safetensors, and checkpoints of this library.
+"""Converts weights between Hugging Face style folders (safetensors) and our checkpoints.
 
-python -m llada_jax.convert import HF_DIR OUT      OUT becomes a checkpoint of ours
-python -m llada_jax.convert export CKPT HF_DIR     HF_DIR becomes a folder in the published layout
+python -m llada_jax.convert import HF_DIR OUT      makes OUT, a checkpoint of this library
+python -m llada_jax.convert export CKPT HF_DIR     makes HF_DIR, a folder in the published layout
 
-Runs on the CPU: the model has to fit the host's memory.
+It runs on the CPU, so the model must fit in the host's memory.
 """
 
 import argparse
@@ -21,7 +21,11 @@ from llada_jax.files import new_folder
 
 
 def import_folder(source: epath.PathLike, out: epath.PathLike, dtype=None):
-    """Makes `out` a checkpoint of ours (model/ and checkpoints/0) of a Hugging Face style folder."""
+    """Converts a Hugging Face style folder to our checkpoint `out` (model/ and checkpoints/0).
+
+    `dtype` casts the parameters; None keeps their type. Raises ValueError if `source` is already a
+    checkpoint of ours, or if `out` exists and is not empty.
+    """
     source = epath.Path(source).expanduser()
     if source.is_dir() and home_of(source) is not None:
         raise ValueError(
@@ -37,7 +41,7 @@ def import_folder(source: epath.PathLike, out: epath.PathLike, dtype=None):
 
 
 def parser() -> cli.Parser:
-    """The flags of the command."""
+    """Returns the parser of the command's flags."""
     parser = cli.Parser("convert", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     into = commands.add_parser(
@@ -66,8 +70,8 @@ def parser() -> cli.Parser:
 
 
 def main(args: argparse.Namespace):
-    """Does what the flags say."""
-    jax.config.update("jax_platforms", "cpu")  # the whole model goes to one device
+    """Runs the command."""
+    jax.config.update("jax_platforms", "cpu")  # the whole model is loaded onto one device
     if args.command == "import":
         import_folder(args.hf_dir, args.out, args.dtype)
         return

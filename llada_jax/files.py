@@ -1,4 +1,4 @@
-"""Reading globs and compressed lines; writing a file or a folder whole or not at all; module:function."""
+"""Reads globs and compressed files, writes files and folders atomically, loads module:function."""
 
 import bz2
 import contextlib
@@ -17,7 +17,10 @@ _OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 
 
 def expand(pattern: str) -> list[epath.Path]:
-    """The files that a path or a glob names, sorted. Raises FileNotFoundError if there are none."""
+    """Returns the files that a path or a glob names, sorted.
+
+    Raises FileNotFoundError if there are none.
+    """
     if "://" in pattern:
         parts = pattern.split("/")
         first = next((k for k, part in enumerate(parts) if glob.has_magic(part)), None)
@@ -27,7 +30,7 @@ def expand(pattern: str) -> list[epath.Path]:
             else epath.Path("/".join(parts[:first])).glob("/".join(parts[first:]))
         )
     else:
-        # A file may have brackets in its name.
+        # Try the plain path first: the name of a file may contain brackets.
         pattern = os.path.expanduser(pattern)
         found = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
     files = sorted(path for path in map(epath.Path, found) if path.is_file())
@@ -37,9 +40,9 @@ def expand(pattern: str) -> list[epath.Path]:
 
 
 def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, line) of a file, plain or compressed (.gz, .xz, .bz2).
+    """Yields (line number, line) of a file, plain or compressed (.gz, .xz, .bz2).
 
-    Raises ValueError if the file cannot be decompressed to its end.
+    Line numbers count from 1. Raises ValueError if the file cannot be read to its end.
     """
     path = epath.Path(path)
     number = 0
@@ -55,10 +58,10 @@ def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
 
 
 def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
-    """Writes a file that appears complete or not at all, and makes its folder.
+    """Writes a file atomically: it appears complete or not at all. Creates its folder.
 
-    On a disk a new file takes the place of the old one when all of it is written. An object store
-    (a path with "://") does the same for a single write.
+    On a disk it writes a temporary file and renames it at the end. In an object store (a path with
+    "://") a single write is atomic.
     """
     path = epath.Path(path).expanduser()
     content = content.encode() if isinstance(content, str) else content
@@ -71,29 +74,30 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
         with open(partial, "wb") as f:
             f.write(content)
             f.flush()
-            os.fsync(f.fileno())  # or a crash soon after could leave an empty file under the name
+            os.fsync(f.fileno())  # without it, a crash soon after could leave an empty file
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def write_jsonl(path: str | os.PathLike, records: Iterable[dict]) -> None:
-    """Writes JSON lines, whole or not at all; compressed if the name ends in .gz."""
+    """Writes records as JSON lines, atomically; compressed if the name ends in .gz."""
     content = "".join(json.dumps(record) + "\n" for record in records).encode()
-    # Without a time in its header, equal records give equal files.
+    # mtime=0 leaves the time out of the gzip header, so that equal records give equal files.
     write_whole(path, gzip.compress(content, mtime=0) if str(path).endswith(".gz") else content)
 
 
 @contextlib.contextmanager
 def new_folder(directory: epath.Path):
-    """A folder to write in, which becomes `directory` when the block ends without an error.
+    """Context that yields a folder to write in; it becomes `directory` if there is no error.
 
-    Raises ValueError if `directory` has content already.
+    In an object store the folder is `directory` itself. Raises ValueError if `directory` exists and
+    is not empty.
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"{directory} exists and is not empty; remove it or give another folder")
     if is_remote(directory):
-        # A bucket cannot rename a folder; there it is the checkpoint that appears as a whole.
+        # A bucket cannot rename a folder. The checkpoint in it is still written atomically.
         yield directory
         return
     directory = directory.absolute()
@@ -107,7 +111,7 @@ def new_folder(directory: epath.Path):
 
 
 def local(path: epath.PathLike) -> epath.Path:
-    """The path, if it is on a local disk. Raises ValueError for an object store."""
+    """Returns the path if it is on a local disk. Raises ValueError for an object store."""
     path = epath.Path(path).expanduser()
     if is_remote(path):
         raise ValueError(
@@ -117,12 +121,15 @@ def local(path: epath.PathLike) -> epath.Path:
 
 
 def is_remote(path: str | os.PathLike) -> bool:
-    """Whether a path names an object in a store such as gs://, which cannot append or rename."""
+    """Whether a path is in an object store such as gs://, which cannot append or rename."""
     return "://" in os.fspath(path)
 
 
 def load_function(spec: str, what: str) -> Callable:
-    """The function that "module:function" names. Raises ValueError, which begins with `what`."""
+    """Returns the function that "module:function" names.
+
+    Raises ValueError if there is no such function; the message begins with `what`.
+    """
     module, _, name = spec.partition(":")
     if not module or not name:
         raise ValueError(f"{what} {spec!r} is not of the form module:function")

@@ -1,11 +1,11 @@
-"""On-policy preference pairs: samples responses, scores them, and writes winners and losers.
+r"""Makes on-policy preference pairs: samples responses, scores them, writes winners and losers.
 
-    python -m llada_jax.pairs --model=WORKDIR --prompts=jsonl:prompts.jsonl \\
+    python -m llada_jax.pairs --model=WORKDIR --prompts=jsonl:prompts.jsonl \
         --scorer=module:function --out=pairs.jsonl
 
-A scorer is a function (record: dict, response: str) -> float; a higher score is better.
-`llada_jax.tasks.sudoku:score` is one. The record is that of the source, with all its fields, and its
-prompt is the field `prompt`. The output is a source of preference records.
+A scorer is a function (record: dict, response: str) -> float; a higher score is better. An example
+is `llada_jax.tasks.sudoku:score`. The scorer gets the record of the source with all its fields; the
+field `prompt` is the prompt. The output can be used as a source of preference records.
 """
 
 import argparse
@@ -28,7 +28,10 @@ from llada_jax.tasks import scorer as scorer_lib
 def choose_pairs(
     scores: dict[str, float], count: int, rng: np.random.Generator
 ) -> list[tuple[str, str]]:
-    """Up to `count` distinct (winner, loser) of the responses' scores, a random choice of those that differ."""
+    """Returns up to `count` distinct (winner, loser), chosen at random.
+
+    `scores` maps each response to its score. The two scores of a pair differ.
+    """
     pairs = [(w, l) for w, l in itertools.permutations(scores, 2) if scores[w] > scores[l]]
     return [pairs[i] for i in rng.permutation(len(pairs))[:count]]
 
@@ -51,12 +54,16 @@ def make_pairs(
     progress: Callable[[int, int], object] | None = None,
     **settings,
 ) -> tuple[list[dict], dict[str, float | int]]:
-    """(pairs, counts) from `samples` responses to each prompt of `records.read_records`.
+    """Returns (pairs, counts) from `samples` responses to the prompt of each record.
 
-    A pair is {prompt, chosen, rejected, chosen_score, rejected_score}, chosen scoring higher. Responses are texts up
-    to EOS or EoT; equal ones are scored once, and empty ones, which no preference data may hold, only count in the
-    mean score. `settings` go to `sampling.sample_responses`. ValueError names the record whose prompt and response do
-    not fit in max_length tokens, or that the scorer cannot judge.
+    `records` come from `records.read_records`. A pair is {prompt, chosen, rejected, chosen_score,
+    rejected_score}, where `chosen` has the higher score. A response is the text up to EOS or EoT.
+    Equal responses are scored once. Empty responses are not allowed in preference data: they count
+    in the mean score, but are in no pair. `settings` go to `sampling.sample_responses`.
+
+    Raises ValueError if `samples` or `pairs_per_prompt` is too small, if there are no records, or
+    if a record's prompt and response do not fit in `max_length` tokens or the scorer cannot judge
+    it. The message names the record.
     """
     for name, value, least in (("samples", samples, 2), ("pairs_per_prompt", pairs_per_prompt, 1)):
         if value < least:
@@ -68,8 +75,8 @@ def make_pairs(
         ids = templates.encode_prompt(tokenizer, normal["prompt"], template)
         if max_length is not None and len(ids) + gen_length > max_length:
             raise ValueError(
-                f"{where}: a prompt of {len(ids)} tokens and gen_length={gen_length} exceed the model's {max_length}; "
-                "lower gen_length or leave the prompt out"
+                f"{where}: a prompt of {len(ids)} tokens and gen_length={gen_length} exceed the "
+                f"model's {max_length}; lower gen_length or leave the prompt out"
             )
         prompts += [ids] * samples
     tokens = sampling.sample_responses(
@@ -117,7 +124,7 @@ def make_pairs(
 
 
 def parser() -> cli.Parser:
-    """The flags of the command."""
+    """Returns the parser of the command's flags."""
     parser = cli.Parser("pairs", __doc__)
     parser.add_argument(
         "--model",
@@ -148,7 +155,7 @@ def parser() -> cli.Parser:
 
 
 def main(args: argparse.Namespace):
-    """Does what the flags say, and prints a summary."""
+    """Runs the command and prints a summary."""
     if args.temperature == 0 and args.remasking == "low_confidence":
         raise ValueError(
             "--temperature=0 gives every sample of a prompt the same response; raise it"

@@ -1,11 +1,11 @@
-"""Time and memory of what can be measured here, as lines and as JSON (`--out=FILE`).
+"""Measures time and memory on this machine; prints lines and writes JSON (`--out=FILE`).
 
-python -m llada_jax.benchmark step --config=FILE     the step of a config, on the devices here
-python -m llada_jax.benchmark torch --config=FILE    and its ratio to a plain PyTorch loop (CPU)
-python -m llada_jax.benchmark load                   reading a checkpoint with 8B's layout
+python -m llada_jax.benchmark step --config=FILE     the step of a config
+python -m llada_jax.benchmark torch --config=FILE    the step against a plain PyTorch loop (CPU)
+python -m llada_jax.benchmark load                   reading a checkpoint with LLaDA 8B's layout
 
-Without data.train the rows are synthetic, of the config's shape; without init_from the parameters are
-random.
+Without data.train the rows are synthetic, with the config's shapes. Without init_from the
+parameters are random.
 """
 
 import json
@@ -21,7 +21,7 @@ from llada_jax.train.settings import describe_keys
 
 
 def parser() -> cli.Parser:
-    """The flags of the command."""
+    """Returns the parser of the command's flags."""
     parser = cli.Parser("benchmark", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     of_step = commands.add_parser("step", help="time the step of a config")
@@ -39,7 +39,7 @@ def parser() -> cli.Parser:
 
 
 def main(args: Namespace):
-    """Does what the flags say."""
+    """Runs the command."""
     if args.command == "load":
         result = load.run(args)
     else:
@@ -58,7 +58,7 @@ def main(args: Namespace):
 
 def _torch_loop():
     try:
-        from llada_jax.benchmark import torch_loop  # noqa: PLC0415 (the one that needs PyTorch)
+        from llada_jax.benchmark import torch_loop  # noqa: PLC0415 (only this module needs PyTorch)
     except ModuleNotFoundError as error:
         raise ImportError("PyTorch is missing: pip install -e '.[benchmark]'") from error
     return torch_loop

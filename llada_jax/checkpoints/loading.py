@@ -1,4 +1,4 @@
-"""Opens a model, from a Hugging Face style folder or from one of our training checkpoints."""
+"""Opens a model from a Hugging Face style folder or from one of our training checkpoints."""
 
 import json
 from typing import Any
@@ -18,11 +18,13 @@ from llada_jax.files import is_remote
 def load(path: epath.PathLike, dtype=None, shardings=None):
     """Opens a model and returns (model, params). The model computes in the type of its parameters.
 
-    `path` is a Hugging Face style folder (config.json, model.safetensors or shards with an index) or
-    a checkpoint of ours: a workdir (its newest good step) or workdir/checkpoints/<step>. `dtype` casts
-    the parameters; None keeps their type (the widest, if a file mixes them). `shardings` is a tree
-    like params; None puts all on the first device. Raises FileNotFoundError, or one ValueError that
-    lists every weight that is missing, surplus or of another shape.
+    path: a Hugging Face style folder (config.json, and model.safetensors or shards with an index),
+        or a checkpoint of ours: a workdir (its newest good step) or workdir/checkpoints/<step>.
+    dtype: casts the parameters. None keeps their type (the widest, if a file has several).
+    shardings: a tree like params. None puts all parameters on the first device.
+
+    Raises FileNotFoundError if the path has no model, and one ValueError that lists all weights
+    that are missing, unexpected or of the wrong shape.
     """
     path, dtype = epath.Path(path).expanduser(), floating(dtype)
     config = read_config(path)
@@ -40,9 +42,9 @@ def load(path: epath.PathLike, dtype=None, shardings=None):
 
 
 def read_config(path: epath.PathLike) -> Any:
-    """The architecture of a model that `load` opens, without reading a weight.
+    """Reads the architecture of a model that `load` opens, without its weights.
 
-    Raises FileNotFoundError or ValueError.
+    Raises FileNotFoundError if the path has no config.json, and ValueError if that is invalid.
     """
     path = epath.Path(path).expanduser()
     file = model_folder(path) / "config.json"
@@ -65,7 +67,10 @@ def read_config(path: epath.PathLike) -> Any:
 
 
 def model_folder(path: epath.PathLike) -> epath.Path:
-    """The folder with a model's config.json and tokenizer. Raises FileNotFoundError."""
+    """Returns the folder that should contain a model's config.json and tokenizer.
+
+    Raises FileNotFoundError if `path` does not exist.
+    """
     path = epath.Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(
@@ -75,7 +80,7 @@ def model_folder(path: epath.PathLike) -> epath.Path:
 
 
 def home_of(path: epath.Path) -> epath.Path | None:
-    """The folder with config and tokenizer of a checkpoint of ours; None for any other path."""
+    """Returns the model/ folder of a checkpoint of ours, or None for any other path."""
     if (path / "checkpoints").is_dir():
         return path / "model"
     absolute = path if is_remote(path) else path.absolute()
@@ -84,14 +89,18 @@ def home_of(path: epath.Path) -> epath.Path | None:
 
 
 def open_model(path: str, dtype=None):
-    """(logits_fn, config, tokenizer) of a model that `load` opens, as the sampler wants them."""
+    """Opens a model for the sampler; returns (logits_fn, config, tokenizer)."""
     model, params = load(path, dtype)
     logits_fn = Partial(model.apply, {"params": params})
     return logits_fn, model.config, tokenizer_lib.load(model_folder(path))
 
 
 def special_ids(config, tokenizer) -> dict[str, int | None]:
-    """mask_id, pad_id, eos_id and eot_id, as `sampling.sample_responses` wants them."""
+    """Returns mask_id, pad_id, eos_id and eot_id as arguments for `sampling.sample_responses`.
+
+    The tokenizer gives an eos_id that the config does not have. pad_id falls back to eos_id, then
+    to mask_id.
+    """
     eos_id = tokenizer.eos_id if config.eos_token_id is None else config.eos_token_id
     pads = (config.pad_token_id, eos_id, config.mask_token_id)
     return {

@@ -111,7 +111,8 @@ def published_shapes(config: Any) -> dict[str, tuple[int, ...]]:
 def param_shapes(config: Any):
     """The parameter tree as ShapeDtypeStructs, of no particular type."""
     tokens = jnp.zeros((1, 1), jnp.int32)
-    # Unboxed under eval_shape: under a mesh that constrains the sharding, which shapes alone do not take.
+    # Unbox inside eval_shape: under a mesh, unboxing constrains the sharding, and that needs an
+    # array that is being traced.
     module = family_of(config).Module(config)
     shapes = jax.eval_shape(lambda key: nn.unbox(module.init(key, tokens)), jax.random.key(0))
     return shapes["params"]

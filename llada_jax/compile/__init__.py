@@ -1,1 +1,1 @@
-"""The very step of a config, compiled for chips that are not there."""
+"""Compiles the training step of a config for chips that this machine does not have."""

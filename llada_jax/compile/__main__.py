@@ -1,10 +1,10 @@
-"""Compiles the very step of a config for a TPU pod that is not there.
+"""Compiles the training step of a config for a TPU pod that this machine does not have.
 
 python -m llada_jax.compile --config=FILE --topology=v5p:2x2x4 [--slices=2] [--json]
 
-Needs the TPU compiler (`pip install libtpu`, or the extra `tpu`), no TPU. Memory is what the compiler
-allots on a chip, FLOPs are by formula, and the step time is what the chip's peak rates would allow: a
-bound, not a forecast.
+It compiles the same step that training runs. It needs the TPU compiler (`pip install libtpu`, or
+the extra `tpu`) but no TPU. The memory is what the compiler allots on a chip. FLOPs come from a
+formula. The step time is a lower bound from the chip's peak rates, not a forecast.
 """
 
 import json
@@ -21,7 +21,7 @@ from llada_jax.train.settings import describe_keys
 
 
 def parser() -> cli.Parser:
-    """The flags of the command."""
+    """Returns the parser of the command's flags."""
     parser = cli.Parser("compile", __doc__)
     parser.take_config(describe_keys)
     parser.add_argument(
@@ -37,7 +37,7 @@ def parser() -> cli.Parser:
 
 
 def main(args: Namespace):
-    """Does what the flags say."""
+    """Runs the command."""
     jax.config.update("jax_platforms", "cpu")
     devices, chip = topology(args.topology, args.slices)
     plan = plan_for(args.config, devices)

@@ -1,4 +1,4 @@
-"""The step of an experiment, compiled for devices that are not there."""
+"""Compiles the step of an experiment for devices that this machine does not have."""
 
 import tempfile
 import time
@@ -15,7 +15,7 @@ from llada_jax.train.experiment import Experiment, make_plan, with_synthetic_row
 
 
 def make_abstract(plan: Experiment):
-    """(state, batch, frozen) of the step as shapes, types and shardings: what to compile for."""
+    """Returns the arguments (state, batch, frozen) of the step as shapes, types and shardings."""
     current = state.abstract_state(plan.model, plan.tx, plan.mesh)
     rows, length = plan.data.batch_rows, plan.row_length
     sharding = mesh_lib.rows(plan.mesh)
@@ -46,17 +46,23 @@ def make_abstract(plan: Experiment):
 
 
 def plan_for(config, devices) -> Experiment:
-    """The experiment of a config on given devices, with synthetic rows: no data, no weights."""
+    """Makes the experiment of a config on given devices, with synthetic rows.
+
+    It needs no data and no weights.
+    """
     config = config.copy_and_resolve_references()
     config.data.train = config.data.heldout = config.solve.prompts = ""
-    config.eval.variance_repeats = 0  # it would ask for the held-out pairs
+    config.eval.variance_repeats = 0  # any other value needs held-out pairs
     with tempfile.TemporaryDirectory() as folder:
         plan = make_plan(config, folder, dry_run=True, devices=devices)
     return with_synthetic_rows(plan)
 
 
 def compile_step(plan: Experiment):
-    """(compiled step, seconds). Raises MemoryError, in one line, if a chip's memory is too small."""
+    """Compiles the step; returns (compiled step, seconds).
+
+    Raises MemoryError, in one line with a remedy, if a chip's memory is too small.
+    """
     arguments = make_abstract(plan)
     shardings = jax.tree.map(lambda x: x.sharding, arguments[0])
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What a compiled step needs, and what the chip's peak rates imply."""
+"""Summaries of a compiled step: its memory, traffic and FLOPs, and a bound on its time."""
 
 import re
 
@@ -12,7 +12,7 @@ GIB = 2**30
 
 
 def too_large(plan: Experiment, message: str) -> str:
-    """The compiler's refusal in one line, with the first remedy that applies."""
+    """Returns the compiler's out-of-memory error in one line, with the first possible remedy."""
     chunk, accumulate = plan.settings.mc_chunk or plan.settings.scheme.n, plan.optimizer.accumulate
     section, remat = plan.objective.section, plan.model.remat
     remedies = [
@@ -34,10 +34,10 @@ def too_large(plan: Experiment, message: str) -> str:
     ]
     advice = next(text for applies, text in remedies if applies)
     short = " ".join(message.split())[:200]
-    if "vmem" in message.lower():  # a kernel's own memory on the chip
+    if "vmem" in message.lower():  # VMEM: the memory that a kernel uses inside the chip
         return f'a kernel does not fit the chip ({short}): try model.attention="xla"'
-    # "The total memory required for HLO temporaries (18.21G)" counts the arguments too: programs that
-    # are all arguments, when compiled, show it.
+    # In the message "The total memory required for HLO temporaries (18.21G)" the number includes
+    # the arguments. We saw this by compiling programs that consist of arguments only.
     sizes = re.findall(r"([\d.]+)([GM])", message)
     gib = [float(number) / (1024 if unit == "M" else 1) for number, unit in sizes]
     if len(gib) < 2:
@@ -49,12 +49,15 @@ def too_large(plan: Experiment, message: str) -> str:
 
 
 def report(plan: Experiment, name: str, chip: Chip, compiled, seconds: float) -> dict:
-    """What the compiled step needs and what the chip's peak rates imply."""
+    """Returns what the compiled step needs, and the time that the chip's peak rates allow.
+
+    Sizes are in bytes and times in seconds, for one chip. `flops` are those of all chips.
+    """
     chips, rows, length = plan.mesh.devices.size, plan.data.batch_rows, plan.row_length
     program = Program(compiled.as_text())
     memory = compiled.memory_analysis()
-    # The peak counts arguments (a donated one once) and temporaries. The compiler compares it with
-    # the chip's memory.
+    # The peak includes arguments (a donated one counts once) and temporaries. The compiler compares
+    # it with the chip's memory.
     total, arguments = memory.peak_memory_in_bytes, memory.argument_size_in_bytes
     passes, why = forward_passes(plan)
     flops = passes * pass_flops(plan)
@@ -101,7 +104,7 @@ def report(plan: Experiment, name: str, chip: Chip, compiled, seconds: float) ->
 
 
 def as_text(found: dict) -> str:
-    """A report for a terminal."""
+    """Formats a report for a terminal."""
     memory, times = found["memory"], found["implied_seconds"]
     collectives = "; ".join(
         f"{kind} {x['calls']:,} times, {x['bytes'] / GIB:.2f} GiB"
@@ -117,20 +120,27 @@ def as_text(found: dict) -> str:
             else "at a rate that is not published"
         )
         between = [
-            f"between slices  {crossing['calls']:,} times, {crossing['bytes'] / GIB:.2f} GiB, {took}"
+            f"between slices  {crossing['calls']:,} times, {crossing['bytes'] / GIB:.2f} GiB, "
+            f"{took}"
         ]
     return "\n".join(
         [
-            f"chips           {found['chips']} x {found['chip']} ({slices}{found['topology']}), {mesh}",
-            f"work            {found['objective']}, {found['batch_rows']} rows x {found['row_length']}, "
-            f"{found['draws']} draws, {found['mc_chunk']} at a time, {found['attention']} attention",
+            f"chips           {found['chips']} x {found['chip']} ({slices}{found['topology']}), "
+            f"{mesh}",
+            f"work            {found['objective']}, "
+            f"{found['batch_rows']} rows x {found['row_length']}, "
+            f"{found['draws']} draws, {found['mc_chunk']} at a time, "
+            f"{found['attention']} attention",
             f"compile         {found['compile_seconds']:.0f} s",
-            f"memory a chip   {memory['total'] / GIB:.2f} GiB, {memory['share']:.0%} of its HBM: arguments "
-            f"{memory['arguments'] / GIB:.2f}, temporaries {memory['temporaries'] / GIB:.2f}",
+            f"memory a chip   {memory['total'] / GIB:.2f} GiB, "
+            f"{memory['share']:.0%} of its HBM: "
+            f"arguments {memory['arguments'] / GIB:.2f}, "
+            f"temporaries {memory['temporaries'] / GIB:.2f}",
             f"collectives     {collectives or 'none'} (sent by a chip in a step)",
             *between,
             f"FLOPs a step    {found['flops']:.3g} by formula ({found['passes']})",
-            f"step time       at peak rates: compute {times['compute']:.2f} s, memory {times['memory']:.2f} s, "
+            f"step time       at peak rates: compute {times['compute']:.2f} s, "
+            f"memory {times['memory']:.2f} s, "
             f"interconnect {times['interconnect']:.2f} s; {found['binds']} binds, "
             f"{found['tokens_per_second']:,.0f} positions/s at most",
         ]

@@ -1,4 +1,4 @@
-"""Devices of a chip topology that is not there."""
+"""Describes the devices of a TPU topology that this machine does not have."""
 
 import os
 import re
@@ -9,9 +9,10 @@ from llada_jax.chips import CHIPS, Chip
 
 
 def topology(name: str, slices: int = 1) -> tuple[list, Chip]:
-    """Devices of a TPU topology such as "v5p:2x2x4" (chips along each axis of a slice), and what one chip can do.
+    """Returns the devices of a TPU topology, and the peak rates and memory of one chip.
 
-    Raises ValueError for an unknown topology and ImportError without the TPU compiler.
+    `name` is such as "v5p:2x2x4": the generation, and the chips along each axis of a slice. Raises
+    ValueError if the topology is unknown, and ImportError if the TPU compiler is not installed.
     """
     generation, _, sides = name.partition(":")
     known = sorted(
@@ -19,11 +20,12 @@ def topology(name: str, slices: int = 1) -> tuple[list, Chip]:
     )
     if generation not in known or not re.fullmatch(r"\d+(x\d+)+", sides):
         raise ValueError(
-            f"--topology={name!r} is not GENERATION:AxB or AxBxC, like v5p:2x2x4; known: {', '.join(known)}"
+            f"--topology={name!r} is not GENERATION:AxB or AxBxC, like v5p:2x2x4; "
+            f"known: {', '.join(known)}"
         )
     if slices < 1:
         raise ValueError(f"--slices={slices}: at least one")
-    # Neither ask the metadata server of a TPU machine nor claim its chips.
+    # On a TPU machine: do not ask its metadata server, and do not claim its chips.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     kwargs = {"num_slices": slices} if slices > 1 else {}

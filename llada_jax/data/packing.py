@@ -31,30 +31,30 @@ REPORT_SECONDS = 10.0
 class Packing:
     """How records become rows. Every field is part of the cache key, in this order.
 
-    kind: "preference" (pairs), "sft" (a prompt and a response) or "text" (documents). Text documents
-        are put between bos and EOS, joined end to end and cut into rows; a last short row is dropped.
-        `template` and `too_long` have no effect on text.
-    answer_multiple: for "sft", the response is padded with EOS to a multiple of this many tokens, but
-        not past the row. The padding is part of the response. If it equals row_length, every row
-        holds exactly one sample, as in the published SFT.
+    kind: "preference" (pairs), "sft" (a prompt and a response) or "text" (documents). Text
+        documents are put between bos and EOS, joined end to end and cut into rows; a last short row
+        is dropped. `template` and `too_long` have no effect on text.
+    answer_multiple: for "sft", the response is padded with EOS to a multiple of this many tokens,
+        but not past the row. The padding is part of the response. If it equals row_length, every
+        row holds exactly one sample, as in the published SFT.
     too_long: what to do with a sample that is longer than a row. (The length of a pair is twice its
-        prompt plus both responses.) "drop" drops it. "truncate" cuts the end of the longer response,
-        then of both; an EOS at the end is cut too. A sample is still dropped if its prompt leaves no
-        room, or if cutting makes the two responses of a pair equal.
+        prompt plus both responses.) "drop" drops it. "truncate" cuts the end of the longer
+        response, then of both; an EOS at the end is cut too. A sample is still dropped if its
+        prompt leaves no room, or if cutting makes the two responses of a pair equal.
     Raises ValueError for an unknown or impossible value.
     """
 
     kind: str = key("preference", given=True)
     row_length: int = 4096  # tokens of a row
-    template: str = "chat"  # of a prompt: "chat" or "plain"
+    template: str = "chat"  # how a prompt becomes tokens: "chat" or "plain"
     append_eos: bool = True  # a response or document ends with EOS
-    # sft: EOS pads a response, as part of it, to a multiple; row_length: the published form
+    # sft: pad responses with EOS to a multiple of this; published: row_length
     answer_multiple: int = 1
-    too_long: str = "drop"  # a sample that is longer than a row; or "truncate"
-    bad_records: str = "stop"  # with an error that names the first; or "skip", and count them
-    holdout: float = 0.0  # share of the records that is held out
+    too_long: str = "drop"  # samples longer than a row: "drop" or "truncate"
+    bad_records: str = "stop"  # "stop" with an error at the first one, or "skip" and count
+    holdout: float = 0.0  # share of the records to hold out
     split: str = key("train", given=True)  # or "heldout"
-    limit: int = 0  # records of the source to read, before the split; 0: all
+    limit: int = 0  # number of records to read, before the split; 0: all
 
     def __post_init__(self):
         config.one_of(self, kind=("preference", "sft", "text"), template=("chat", "plain"))

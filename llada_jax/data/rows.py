@@ -94,8 +94,8 @@ def prepare(
 ) -> Rows:
     """Packs a source into rows under cache_dir/<hash>, or opens the rows that are there already.
 
-    `cache_dir` is on a local disk. Raises ValueError or FileNotFoundError, in one line, for a source
-    that gives no row.
+    `cache_dir` must be on a local disk. Raises ValueError or FileNotFoundError if the source gives
+    no row.
     """
     if "://" in os.fspath(cache_dir):
         raise ValueError(

@@ -21,10 +21,10 @@ def heldout_metrics(
     settings: Any,
     axis_name: str | None = None,
 ) -> dict[str, Mean]:
-    """Means over the examples of a batch of all that `objective.examples` gives.
+    """Returns the means over the examples of a batch of all metrics of `objective.examples`.
 
-    `frozen` is as there. `axis_name` is a mapped axis that splits the rows of the batch; it is None
-    if `batch` holds all rows.
+    frozen: the reference policy's parameters, or None, as for `objective.examples`.
+    axis_name: a mapped axis that splits the rows of the batch. None if `batch` has all rows.
     """
     examples = objective.examples(params, batch, frozen, model=model, settings=settings)
     mask = objective.is_example(batch)
@@ -34,7 +34,7 @@ def heldout_metrics(
 def over_batches(
     metrics_of: Callable[[Batch], dict[str, Mean]], batches: Iterable[Batch]
 ) -> dict[str, float]:
-    """Merges the Means of every batch: each metric and, as `<name>_stderr`, its standard error."""
+    """Merges the Means of all batches; returns every metric and its error, `<name>_stderr`."""
     merged: dict[str, Mean] = {}
     for batch in batches:
         for name, mean in metrics_of(batch).items():

@@ -1,4 +1,4 @@
-"""The share of prompts whose response a scorer accepts."""
+"""The mean score of a model's responses to prompts."""
 
 import functools
 from collections.abc import Callable
@@ -21,9 +21,12 @@ def solve_rate(
     progress: Callable[[int, int], object] | None = None,
     **sampler,
 ) -> dict[str, float]:
-    """Mean score of one generated response to each (where, raw, normalised) prompt record, with its standard error.
+    """Generates one response to each prompt; returns their mean score with its standard error.
 
-    `sampler` goes to `sampling.sample_responses`; temperature 0 unless it says otherwise.
+    `records` are (where, raw record, normalised record). `sampler` are arguments of
+    `sampling.sample_responses`; the default temperature is 0. The metrics are "solve/rate",
+    "solve/rate_stderr" (nan for one record) and "solve/count". Raises ValueError, which names the
+    record, if the scorer cannot judge a response.
     """
     prompts = [
         templates.encode_prompt(tokenizer, prompt["prompt"], template) for _, _, prompt in records

@@ -1,8 +1,9 @@
-"""Curves of runs.
+r"""Plots one metric of several runs against the step, with its standard error if it is logged.
 
-    python -m llada_jax.metrics --metric=eval/solve/rate --out=curve.png vrpo=runs/vrpo naive=runs/naive
+    python -m llada_jax.metrics --metric=eval/solve/rate --out=curve.png \
+        vrpo=runs/vrpo naive=runs/naive
 
-plots one metric of several runs against the step, with its standard error where one is logged (needs matplotlib).
+It needs matplotlib: pip install 'llada_jax[plot]'.
 """
 
 import argparse
@@ -19,7 +20,11 @@ from llada_jax.metrics.writer import lines_until
 
 
 def read(workdir: epath.PathLike, metric: str) -> tuple[list[int], list[float], list[float]]:
-    """(steps, values, standard errors) of a metric in workdir/metrics.jsonl; nan where no standard error was logged."""
+    """Returns (steps, values, standard errors) of a metric in workdir/metrics.jsonl.
+
+    A standard error that was not logged is nan. Raises FileNotFoundError if there is no such file,
+    and ValueError if it does not have the metric.
+    """
     path = epath.Path(workdir) / "metrics.jsonl"
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: {workdir} is not the workdir of a run")
@@ -39,7 +44,7 @@ def read(workdir: epath.PathLike, metric: str) -> tuple[list[int], list[float], 
 
 
 def parser() -> cli.Parser:
-    """The flags of the command."""
+    """Returns the parser of the command's flags."""
     parser = cli.Parser("metrics", __doc__)
     parser.add_argument("runs", nargs="+", metavar="NAME=WORKDIR")
     parser.add_argument("--metric", default="loss", help="a name in metrics.jsonl; default: loss")
@@ -48,7 +53,7 @@ def parser() -> cli.Parser:
 
 
 def main(args: argparse.Namespace):
-    """Does what the flags say."""
+    """Runs the command."""
     try:
         from matplotlib import pyplot  # noqa: PLC0415 (only plots need matplotlib)
     except ImportError:

@@ -1,4 +1,4 @@
-"""Architectures, one a file. A new one is one file and one entry of FAMILIES."""
+"""Model architectures. Each is one file and one entry of FAMILIES."""
 
 from typing import Any
 
@@ -14,14 +14,15 @@ __all__ = ["FAMILIES", "Family", "boxed_shapes", "config_from_dict", "family_of"
 
 
 def family_of(config: Any) -> Family:
-    """The family of a model's configuration."""
+    """Returns the family of a model's configuration."""
     return FAMILIES[config.model_type]
 
 
 def config_from_dict(values: dict[str, Any], source: str) -> Any:
-    """The configuration that a config.json describes; without a `model_type` it is LLaDA's.
+    """Makes the configuration from the values of a config.json; `model_type` defaults to LLaDA's.
 
-    Raises one ValueError for an unknown type, or for keys that the architecture cannot honour.
+    Raises one ValueError, which begins with `source`, if the type is unknown or if the architecture
+    does not support the values.
     """
     name = values.get("model_type", LLADA.name)
     if name not in FAMILIES:
@@ -30,6 +31,6 @@ def config_from_dict(values: dict[str, Any], source: str) -> Any:
 
 
 def boxed_shapes(config: Any) -> Any:
-    """The parameter tree as shapes with their logical axes, from which `mesh.shardings` places them."""
+    """Returns the parameter tree as shapes with logical axes, the input of `mesh.shardings`."""
     module, tokens = family_of(config).Module(config), jnp.zeros((1, 2), jnp.int32)
     return jax.eval_shape(module.init, jax.random.key(0), tokens)["params"]

@@ -30,14 +30,14 @@ class Scheme:
     Raises ValueError if a name is unknown or if two settings do not fit together.
     """
 
-    n_t: int = 8
-    n_yt: int = 1
-    times: str = "iid"
-    masks: str = "exact"
-    weights: str = "plain"
-    eps: float = 0.0
-    pseudo_count: float = 0.0
-    share_in_pair: str = "nothing"
+    n_t: int = 8  # number of times; each ELBO has n_t x n_yt draws
+    n_yt: int = 1  # number of masks at each time
+    times: str = "iid"  # how times are drawn: a name in noise.TIMES
+    masks: str = "exact"  # how masks are drawn at a time: a name in noise.MASKS
+    weights: str = "plain"  # how masked tokens are weighted: a name in noise.WEIGHTS
+    eps: float = 0.0  # smallest mask probability of "bernoulli"; above 0: biased
+    pseudo_count: float = 0.0  # shrinkage of "leave_one_out" and "balanced" weights
+    share_in_pair: str = "nothing"  # what winner and loser share; or "times", "masks"
 
     def __post_init__(self):
         for name, known in (

@@ -1,4 +1,4 @@
-"""What is minimised, one objective a file. A new objective is one file and one entry of OBJECTIVES."""
+"""Objectives: what training minimises. Each is one file and one entry of OBJECTIVES."""
 
 from llada_jax.objectives.denoising import PRETRAIN, SFT
 from llada_jax.objectives.objective import Objective, Reference

@@ -1,4 +1,4 @@
-"""Pre-training and supervised fine-tuning: the denoising cross-entropy of one response a segment."""
+"""Pre-training and supervised fine-tuning: denoising cross-entropy, one response per segment."""
 
 import dataclasses
 from typing import Any
@@ -17,10 +17,10 @@ from llada_jax.objectives.terms import draw, model_terms, segment_lengths
 
 @dataclasses.dataclass(frozen=True)
 class Denoising:
-    """How the denoising loss is estimated: one draw of Bernoulli masks, as published."""
+    """How the denoising loss is estimated. The default is the published one: one Bernoulli mask."""
 
     scheme: noise.Scheme = noise.Scheme(n_t=1, masks="bernoulli", eps=1e-3)
-    mc_chunk: int = key(0, changes_result=False)  # draws at a time; 0: all
+    mc_chunk: int = key(0, changes_result=False)  # draws computed at a time; 0: all
     seed: int = key(0, given=True)
     stream: str = key("policy", given=True)
 
@@ -32,15 +32,15 @@ class Denoising:
             )
 
     def for_heldout(self, n_t: int) -> "Denoising":
-        """The settings for held-out samples: the same good estimator, whatever the training uses."""
+        """The settings for held-out samples: `n_t` exact masks, whatever training uses."""
         return Denoising(noise.Scheme(n_t), mc_chunk=1, seed=self.seed, stream="evaluate")
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretraining(Denoising):
-    """The denoising loss on plain text, some rows of which are cut short."""
+    """The denoising loss on plain text; some rows may be cut to a random length."""
 
-    crop_probability: float = 0.0  # of a row being cut to a uniformly random length
+    crop_probability: float = 0.0  # share of rows cut to a random length; published: 0.01
 
     def __post_init__(self):
         super().__post_init__()
@@ -51,17 +51,18 @@ class Pretraining(Denoising):
 
 
 def is_sample(batch: Batch) -> Bool[Array, "r s"]:
-    """Which of the s segments of a row hold a sample."""
+    """Which of the s segments of a row contain a sample."""
     return segment_lengths(batch) > 0
 
 
 def score_samples(
     params: Any, batch: Batch, frozen: None, *, model: nn.Module, settings: Denoising
 ) -> Examples:
-    """Loss of every sample, [r, s]: the sum over masked of CE / p, over the response length (spec).
+    """Returns the loss of every sample, [r, s]: sum over masked tokens of CE / p, divided by L.
 
-    A row of pre-training is one segment that is all response, so the same formula is "divided by
-    batch x length".
+    L is the number of response tokens, p the mask probability (spec/llada.md). In pre-training a
+    row is one segment that consists of response only, so the mean over the batch is the published
+    "divided by batch x length".
     """
     del frozen
     drawn = draw(batch, settings.scheme, seed=settings.seed, stream=settings.stream)
@@ -71,7 +72,10 @@ def score_samples(
 
 
 def crop(batch: Batch, settings: Pretraining) -> Batch:
-    """Cuts a row to a random length with probability `crop_probability`; the rest is padding."""
+    """Cuts each row to a uniform random length with probability `crop_probability`.
+
+    The tokens after the cut become padding.
+    """
     if not settings.crop_probability:
         return batch
     keys = noise.row_keys(noise.stream_key(settings.seed, "crop"), batch.row_ids, batch.epochs)

@@ -17,26 +17,25 @@ from llada_jax.objectives.terms import draw, model_terms, segment_lengths
 
 @dataclasses.dataclass(frozen=True)
 class Preference:
-    """The loss, how its ELBOs are estimated, and how many draws go through the model at a time."""
+    """The preference loss, the estimator of its ELBOs, and the number of draws at a time."""
 
-    beta: float = 0.2  # how far the policy may move from the reference: larger keeps it closer
-    kind: str = "sigmoid"  # the loss of a score: a name in losses.LOSSES
-    label_smoothing: float = 0.0  # share of pairs whose labels are wrong; kinds sigmoid and robust
-    sft_weight: float = 0.05  # of the denoising loss on the winner, from the same terms
-    share_noise: bool = (
-        True  # policy and reference see the same masks: the paper's antithetic sampling
-    )
+    beta: float = 0.2  # scale of the score; a larger beta keeps the policy closer to the reference
+    kind: str = "sigmoid"  # preference loss of a score: a name in losses.LOSSES
+    label_smoothing: float = 0.0  # share of wrong labels; for kinds "sigmoid" and "robust"
+    sft_weight: float = 0.05  # weight of the denoising loss on the winner, from the same terms
+    # policy and reference use the same masks (the paper: antithetic sampling)
+    share_noise: bool = True
     scheme: noise.Scheme = noise.Scheme()
-    mc_chunk: int = key(0, changes_result=False)  # draws at a time; 0: all
+    mc_chunk: int = key(0, changes_result=False)  # draws computed at a time; 0: all
     seed: int = key(0, given=True)
-    stream: str = key("policy", given=True)  # of the policy's noise
+    stream: str = key("policy", given=True)  # the noise stream of the policy
 
     def __post_init__(self):
         losses.check_preference(self.beta, self.kind, self.label_smoothing)
         check_chunk(self)
 
     def for_heldout(self, n_t: int) -> "Preference":
-        """The settings for held-out pairs: the same good estimator, whatever the training uses."""
+        """The settings for held-out pairs: `n_t` exact masks, shared, whatever training uses."""
         scheme = noise.Scheme(n_t)
         return dataclasses.replace(
             self, share_noise=True, scheme=scheme, mc_chunk=1, stream="evaluate"
@@ -44,7 +43,7 @@ class Preference:
 
 
 def is_pair(batch: Batch) -> Bool[Array, "r p"]:
-    """Which of the p places of a row hold a pair."""
+    """Which of the p places of a row contain a pair."""
     return segment_lengths(batch)[:, 0::2] > 0
 
 
@@ -61,10 +60,11 @@ def reference_terms(
 def score_pairs(
     params: Any, batch: Batch, frozen: Any, *, model: nn.Module, settings: Preference
 ) -> Examples:
-    """Loss and metrics of every pair, [r, p] each (equations 6 and 8).
+    """Returns the loss and the metrics of every pair, [r, p] each (equations 6 and 8).
 
-    `frozen` holds the reference policy's parameters, or is None if `batch.reference` has its terms.
-    "score/mc_variance" is there if a scheme's own draws tell it (`elbo.error_is_known`).
+    `frozen` contains the reference policy's parameters, or is None if `batch.reference` has its
+    terms. "score/mc_variance" is the squared standard error of the score. It is included only if
+    the draws determine it (`elbo.error_is_known`).
     """
     scheme = settings.scheme
     reference = batch.reference
@@ -90,8 +90,8 @@ def score_pairs(
         "loss/sft_rejected": denoising[:, 1::2],
     }
     if elbo.error_is_known(scheme):
-        # The spread of a score's own draws holds the noise that winner and loser, policy and
-        # reference share, exactly as the score does.
+        # Take the spread of the score's own draws. It contains the noise that winner and loser,
+        # policy and reference share, exactly as the score does.
         ratio = terms - reference
         draws = settings.beta * (ratio[..., 0::2] - ratio[..., 1::2])
         errors = elbo.standard_error(draws.reshape(scheme.n_t, scheme.n_yt, *draws.shape[1:]))

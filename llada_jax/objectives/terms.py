@@ -29,9 +29,9 @@ def model_terms(
     def draws_as_rows(count, batched, params, *arrays):
         if any(jax.tree.leaves(batched[0])):
             raise NotImplementedError("model_terms under a vmap over parameters: use jax.lax.map")
-        # The draws of a row become neighbouring rows, so that each matrix product has one axis of
-        # positions. With two, XLA's CPU backend would transpose for the gradient. Rows stay
-        # outermost, because they are sharded.
+        # Make the draws of a row neighbouring rows, so that each matrix product has one axis of
+        # positions. With two axes, XLA's CPU backend would transpose for the gradient. Rows stay
+        # outermost because they are sharded.
         arrays = [
             jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
             if by_draw
@@ -59,7 +59,7 @@ def model_terms(
 
 
 def draw(batch: Batch, scheme: noise.Scheme, *, seed: int, stream: str) -> noise.Noise:
-    """The noise of a batch: a function of seed, stream, row, epoch and draw alone."""
+    """The noise of a batch. It depends only on seed, stream, row, epoch and draw."""
     keys = noise.row_keys(noise.stream_key(seed, stream), batch.row_ids, batch.epochs)
     return noise.draw_rows(
         keys,
@@ -71,6 +71,6 @@ def draw(batch: Batch, scheme: noise.Scheme, *, seed: int, stream: str) -> noise
 
 
 def segment_lengths(batch: Batch) -> Float32[Array, "r s"]:
-    """Response tokens of each segment."""
+    """The number of response tokens of each segment."""
     of_segment = batch.segment_ids[..., None] == jnp.arange(1, batch.num_segments + 1)
     return jnp.sum(of_segment & batch.response_mask[..., None], axis=1).astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""Prints a model's responses to prompts.
+"""Generates responses to prompts and prints them.
 
 python -m llada_jax.sampling --model=DIR --prompt="Why is the sky blue?"
 """
@@ -18,7 +18,7 @@ TEMPLATES = ("chat", "plain", "raw")
 
 
 def parser() -> cli.Parser:
-    """The flags of the command."""
+    """Returns the parser of the command's flags."""
     parser = cli.Parser("sampling", __doc__)
     parser.add_argument(
         "--model",
@@ -41,7 +41,7 @@ def parser() -> cli.Parser:
 
 
 def main(args: argparse.Namespace):
-    """Does what the flags say."""
+    """Runs the command."""
     logits_fn, config, tokenizer = loading.open_model(args.model, args.dtype)
     special = loading.special_ids(config, tokenizer)
     responses = sample_responses(

@@ -1,4 +1,4 @@
-"""The sampler's settings as flags of a command."""
+"""Command-line flags for the settings of the sampler."""
 
 import argparse
 
@@ -6,7 +6,7 @@ from llada_jax.sampling.sampler import REMASKING
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds one flag for each setting of the sampler; `settings_of` reads them back."""
+    """Adds one flag for each setting of the sampler. `settings_of` reads them back."""
     parser.add_argument(
         "--steps", type=int, default=128, help="denoising steps for the whole response"
     )
@@ -28,7 +28,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def settings_of(args: argparse.Namespace) -> dict:
-    """Keyword arguments for `generate` from the flags of `add_flags`."""
+    """Returns the flags of `add_flags` as keyword arguments for `generate`."""
     names = (
         "steps",
         "gen_length",

@@ -1,4 +1,4 @@
-"""The trainer: a config to an experiment, an experiment to a run.
+"""The trainer: makes an experiment from a config, and runs it.
 
 plan = train.make_plan(config, workdir)
 print(train.describe(plan))

@@ -1,6 +1,6 @@
 """Trains a model: python -m llada_jax.train --config=FILE [--config.NAME=VALUE] --workdir=DIR.
 
-The same command continues a run that was stopped. On several hosts the same command runs on each.
+The same command continues a run that was stopped. On several hosts, run the same command on each.
 """
 
 import sys
@@ -13,7 +13,7 @@ from llada_jax.train.settings import describe_keys
 
 
 def parser() -> cli.Parser:
-    """The flags of the command."""
+    """Returns the parser of the command's flags."""
     parser = cli.Parser("train", __doc__)
     parser.take_config(describe_keys)
     parser.add_argument(
@@ -29,7 +29,7 @@ def parser() -> cli.Parser:
 
 
 def main(args: Namespace) -> int:
-    """Does what the flags say; returns the exit status."""
+    """Runs the command; returns the exit status."""
     hosts.initialize(args.coordinator_address, args.num_processes, args.process_id)
     plan = make_plan(args.config, args.workdir, dry_run=args.dry_run)
     hosts.say(describe(plan))

@@ -1,4 +1,4 @@
-"""The work of a step by formula: FLOPs, forward passes, bytes on a device."""
+"""The cost of a step by formula: FLOPs, forward passes, bytes on a device."""
 
 import jax.numpy as jnp
 
@@ -8,16 +8,17 @@ from llada_jax.train.experiment import Experiment
 
 
 def pass_flops(plan: Experiment) -> int:
-    """Floating-point operations of one forward pass over a whole batch and all its draws."""
+    """Returns the FLOPs of one forward pass over a whole batch and all its draws."""
     config, length = plan.model.config, plan.row_length
     positions = plan.data.batch_rows * length * plan.settings.scheme.n
     return positions * models.family_of(config).flops_per_token(config, length)
 
 
 def forward_passes(plan: Experiment, recomputed: bool = True) -> tuple[int, str]:
-    """(the work of a step in forward passes, what they are).
+    """Returns (the work of a step in forward passes, their names).
 
-    A backward pass counts as two. Without `recomputed`, work that only saves memory does not count.
+    A backward pass counts as two forward passes. If `recomputed` is False, forward passes that are
+    repeated to save memory do not count.
     """
     passes, why = 3, "forward, backward"
     if recomputed and plan.model.remat == "full":
@@ -30,12 +31,12 @@ def forward_passes(plan: Experiment, recomputed: bool = True) -> tuple[int, str]
 
 
 def computes_reference(plan: Experiment) -> bool:
-    """Whether each step runs the reference policy, whose parameters are then on the devices."""
+    """Whether each step runs the reference policy. Its parameters are then on the devices."""
     return plan.reference is not None and not plan.reference.is_cached
 
 
 def device_bytes(plan: Experiment) -> dict[str, float]:
-    """Bytes on a device: exact for what the state holds, an estimate for activations."""
+    """Returns the bytes on a device, by part: exact for the state, an estimate for activations."""
     model, shape = plan.model, plan.mesh.shape
     config, family = model.config, models.family_of(model.config)
     total, n = sum(family.num_params(config).values()), plan.settings.scheme.n
@@ -50,7 +51,7 @@ def device_bytes(plan: Experiment) -> dict[str, float]:
     sizes = {
         "parameters": total * weight / shards,
         "Adam moments": 2 * total * weight / shards,
-        # A second one adds up the gradients of the chunks.
+        # With chunks, a second copy accumulates the gradients of the chunks.
         "gradient": total * weight / shards * (2 if chunk < n else 1),
         "activations (estimate)": config.n_layers * (boundary + kept) + inner + 2 * logits,
     }

@@ -17,7 +17,7 @@ SOLVE_RATE = "solve/rate"
 
 
 class Evaluation:
-    """The held-out metrics of an experiment, compiled once."""
+    """The evaluation of an experiment. It compiles its functions once."""
 
     def __init__(self, plan: Experiment, reference: Policy, stop: Stop):
         self._plan, self._reference, self._stop = plan, reference, stop
@@ -43,7 +43,7 @@ class Evaluation:
             )
 
     def run(self, params) -> dict[str, float | int]:
-        """The metrics of these parameters. Raises Stopped if the run is asked to stop meanwhile."""
+        """Returns the metrics of these parameters. Raises Stopped if a signal asks to stop."""
         found = {}
         if self._plan.heldout is not None:
             found |= self._heldout(params)
@@ -93,12 +93,12 @@ class Evaluation:
 
 
 def shown(plan: Experiment, found: dict[str, float | int]) -> str:
-    """The evaluation's metrics that a person reads, in one line."""
+    """Returns the main metrics of an evaluation in one line."""
     return ", ".join(f"{name} {_cell(found, name)}" for name in _names(plan) if name in found)
 
 
 def print_result(plan: Experiment, history: list[dict]):
-    """Prints the table at the end: every held-out metric before and after, with standard errors."""
+    """Prints the final table: every held-out metric before and after, with standard errors."""
     print(f"done: {plan.num_steps} steps, {plan.workdir}")
     before, after = history[0], history[-1]
     names = [name for name in _names(plan) if name in before and name in after]

@@ -1,6 +1,7 @@
-"""What a config means here: validated against data, tokenizer, checkpoint and devices.
+"""Experiment: a config, validated against data, tokenizer, checkpoint and devices.
 
-Nothing is on a device yet. `make_plan` decides everything that a run, a benchmark or a compile does.
+`make_plan` decides everything that a run, a benchmark or a compile does. It puts nothing on a
+device.
 """
 
 import dataclasses
@@ -39,14 +40,14 @@ from llada_jax.train.settings import Checkpoint, Data, Eval, Settings, Solve
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A config, resolved: settings, and the parts that were made of them."""
+    """A resolved config: its settings, and the objects made from them."""
 
     workdir: epath.Path
     seed: int
     init_from: str  # "": random parameters
-    num_steps: int  # 0: only in a dry run without data
+    num_steps: int  # 0 only in a dry run without data
     objective: Objective
-    settings: Any  # of the objective
+    settings: Any  # the objective's settings
     reference: Reference | None  # None: the objective has no reference policy
     data: Data
     optimizer: Optimizer
@@ -55,24 +56,27 @@ class Experiment:
     solve: Solve
     parallel: Parallel
     model: nn.Module
-    tokenizer: Tokenizer | None  # None, and no rows: only in a dry run
-    rows: Rows | None
-    heldout: Rows | None
-    prompts: list | None  # records to generate for, at each evaluation
+    tokenizer: Tokenizer | None  # None only in a dry run
+    rows: Rows | None  # None only in a dry run
+    heldout: Rows | None  # None: nothing is held out
+    prompts: list | None  # prompts to answer at each evaluation; None: none
 
     @property
     def mesh(self) -> Mesh:
-        """The devices, along the axes data, fsdp and tensor."""
+        """The mesh of the devices, with the axes data, fsdp and tensor."""
         return self.parallel.mesh
 
     @property
     def row_length(self) -> int:
-        """Tokens of a row."""
+        """The number of tokens in a row."""
         return self.data.packing.row_length
 
     @property
     def num_segments(self) -> int:
-        """Segments of a row, the same for training and held-out rows; a multiple of an example's."""
+        """The number of segments in a row, the same for training and held-out rows.
+
+        It is a multiple of the number of segments of an example.
+        """
         most = max(rows.num_segments for rows in (self.rows, self.heldout) if rows is not None)
         each = self.objective.segments_per_example
         return -(-most // each) * each
@@ -84,17 +88,20 @@ class Experiment:
 
     @property
     def rows_at_once(self) -> int:
-        """Rows that go through the model together in training, and so may without a gradient."""
+        """The number of rows that a training step computes at a time.
+
+        Without a gradient, as many rows surely fit in memory.
+        """
         return self.data.batch_rows // self.optimizer.accumulate
 
     @property
     def reference_dtype(self) -> jnp.dtype:
-        """The type of the reference policy's parameters."""
+        """The data type of the reference policy's parameters."""
         return jnp.dtype(self.reference.reference_dtype or self.model.param_dtype)
 
     @functools.cached_property
     def schedule(self) -> optax.Schedule:
-        """The learning rate of each step."""
+        """The learning-rate schedule."""
         o = self.optimizer
         return optim.make_schedule(
             peak=o.peak,
@@ -118,7 +125,10 @@ class Experiment:
         )
 
     def batches(self, rows: Rows, **settings) -> Loader:
-        """This host's share of every batch; `settings` as in `batches.loader`."""
+        """Returns a loader of this host's share of every batch.
+
+        `settings` are those of `batches.loader`.
+        """
         index, count = self.parallel.shard
         return batches_lib.loader(
             rows,
@@ -129,9 +139,9 @@ class Experiment:
         )
 
     def attention(self, length: int = 0) -> tuple[str, str]:
-        """(name, why) of the attention for rows of `length` (0: those of the data).
+        """Returns (name, reason) of the attention for rows of `length` (0: `row_length`).
 
-        Raises ValueError if the one that the config names cannot do it.
+        Raises ValueError if the implementation that the config names does not support them.
         """
         return attention_lib.choose(
             self.model.attention,
@@ -145,10 +155,11 @@ class Experiment:
 def make_plan(
     config, workdir: epath.PathLike, *, dry_run: bool = False, devices=None
 ) -> Experiment:
-    """Validates a config against data, tokenizer, checkpoint and devices; packs the data.
+    """Validates a config against data, tokenizer, checkpoint and devices, and packs the data.
 
-    A dry run may do without init_from and data. `devices` are those of a described topology; None
-    takes all that are there. Raises ValueError or FileNotFoundError, in one line.
+    In a dry run init_from and data may be missing. `devices` may be devices of a described
+    topology; None takes all devices of this machine. Raises ValueError or FileNotFoundError, in one
+    line.
     """
     s = settings_lib.read(config, dry_run=dry_run)
     workdir = epath.Path(workdir).expanduser()
@@ -156,7 +167,7 @@ def make_plan(
     mesh = mesh_lib.make_mesh(s.mesh.data, s.mesh.fsdp, s.mesh.tensor, devices)
     parallel = Parallel(s.run.parallelism, mesh)
     if not dry_run:
-        _ = parallel.shard  # says now whether each host can load its rows
+        _ = parallel.shard  # raises an error now if a host cannot load its own rows
         agree.check_same("the config or the workdir", f"{config.to_dict()} {workdir}")
         agree.check_shared(workdir)
     _check_rows(s, mesh)
@@ -199,9 +210,9 @@ def make_plan(
         prompts=prompts,
     )
     for length in (0, sampled_length):
-        plan.attention(length)  # says now what an implementation asked for by name cannot do
+        plan.attention(length)  # raises an error now if the named implementation cannot do it
     if plan.num_steps:
-        _ = plan.schedule  # says now whether the warm-up fits
+        _ = plan.schedule  # raises an error now if the warm-up is too long
     return plan
 
 
@@ -213,8 +224,8 @@ def _check_rows(s: Settings, mesh: Mesh):
     ):
         if batch_rows % parts:
             raise ValueError(
-                f"config.{name}.batch_rows={batch_rows} is not a multiple of {parts}: data x fsdp = "
-                f"{shards} shards, optimizer.accumulate={s.optimizer.accumulate}"
+                f"config.{name}.batch_rows={batch_rows} is not a multiple of {parts}: "
+                f"data x fsdp = {shards} shards, optimizer.accumulate={s.optimizer.accumulate}"
             )
 
 
@@ -241,7 +252,8 @@ def _model(s: Settings, mesh: Mesh, tokenizer: Tokenizer | None) -> nn.Module:
     if tokenizer and tokenizer.vocab_size > config.embedding_size:
         raise ValueError(
             f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model "
-            f"{config.embedding_size} embeddings: they do not belong together, change data.tokenizer"
+            f"{config.embedding_size} embeddings: they do not belong together, "
+            "change data.tokenizer"
         )
     if tokenizer and tokenizer.mask_id != config.mask_token_id:
         raise ValueError(
@@ -273,13 +285,13 @@ def _model(s: Settings, mesh: Mesh, tokenizer: Tokenizer | None) -> nn.Module:
 
 
 def _architecture(s: Settings, tokenizer: Tokenizer | None) -> Any:
-    """The model's configuration: that of init_from, or of model.arch and the tokenizer."""
+    """Returns the model's configuration, from init_from or from model.arch and the tokenizer."""
     arch = s.model.arch
     if s.run.init_from:
         config = loading.read_config(s.run.init_from)
         _check_same("config.init_from", s.run.init_from, config, arch, "in model.arch")
     elif arch:
-        # A new model takes from its tokenizer what model.arch leaves open.
+        # For a new model, the tokenizer gives the ids that model.arch does not set.
         if tokenizer:
             ends = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
             ids = {"vocab_size": tokenizer.vocab_size, "mask_token_id": tokenizer.mask_id}
@@ -292,7 +304,8 @@ def _architecture(s: Settings, tokenizer: Tokenizer | None) -> Any:
     unknown = arch.keys() - config.to_dict().keys() - {"mlp_ratio", "multi_query_attention"}
     if unknown:
         raise ValueError(
-            f"config.model.arch has {', '.join(sorted(unknown))}, no key of a config.json: remove it"
+            f"config.model.arch has {', '.join(sorted(unknown))}, no key of a config.json: "
+            "remove it"
         )
     return config
 
@@ -320,7 +333,7 @@ def _tokenizer(s: Settings) -> Tokenizer | None:
 def _prepare_rows(d: Data, tokenizer, cache_dir: epath.Path) -> tuple[Rows, Rows | None]:
     prepare = functools.partial(rows_lib.prepare, tokenizer=tokenizer, cache_dir=cache_dir)
     rows = prepare(d.train, packing=d.packing)
-    if d.heldout:  # all of another source
+    if d.heldout:  # take all records of the held-out source: `limit` is for the train source
         return rows, prepare(d.heldout, packing=dataclasses.replace(d.packing, limit=0))
     if d.packing.holdout:
         return rows, prepare(d.train, packing=dataclasses.replace(d.packing, split="heldout"))
@@ -328,7 +341,11 @@ def _prepare_rows(d: Data, tokenizer, cache_dir: epath.Path) -> tuple[Rows, Rows
 
 
 def _prompts(s: Settings, tokenizer, config: Any) -> tuple[list, int]:
-    """(records of the prompts, length of the rows that they are answered in; 0 without tokenizer)."""
+    """Returns (prompt records, length of the rows that the sampler uses for them).
+
+    The length is 0 without a tokenizer. Raises ValueError if there are no records, or if a prompt
+    and its response are longer than the model allows.
+    """
     scorer.load_scorer(s.solve.scorer)
     records = read_records(s.solve.prompts, "prompt")
     prompts = list(itertools.islice(records, s.solve.limit or None))
@@ -346,15 +363,15 @@ def _prompts(s: Settings, tokenizer, config: Any) -> tuple[list, int]:
     for (where, _, _), length in zip(prompts, lengths, strict=True):
         if length + gen_length > config.max_sequence_length:
             raise ValueError(
-                f"{where}: a prompt of {length} tokens and solve.gen_length={gen_length} exceed the "
-                f"model's max_sequence_length={config.max_sequence_length}: lower it or leave the "
-                "prompt out"
+                f"{where}: a prompt of {length} tokens and solve.gen_length={gen_length} exceed "
+                f"the model's max_sequence_length={config.max_sequence_length}: lower it or leave "
+                "the prompt out"
             )
     return prompts, sampling.prompt_width(lengths) + gen_length
 
 
 def with_synthetic_rows(plan: Experiment) -> Experiment:
-    """The experiment with rows of random tokens and a number of steps, if it has none of its own."""
+    """Returns the experiment with rows of random tokens and a number of steps if it has none."""
     if plan.rows is None:
         rows = SyntheticRows(
             plan.objective.records,
@@ -363,6 +380,7 @@ def with_synthetic_rows(plan: Experiment) -> Experiment:
             plan.data.batch_rows,
         )
         plan = dataclasses.replace(plan, rows=rows)
-    if not plan.num_steps:  # a schedule needs one; the compiled program is the same for any
+    # A schedule needs a number of steps. The compiled program is the same for every number.
+    if not plan.num_steps:
         plan = dataclasses.replace(plan, num_steps=plan.optimizer.warmup_steps + 1000)
     return plan

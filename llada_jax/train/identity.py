@@ -1,4 +1,4 @@
-"""A run's identity: what a run may not change in the middle, by name and value."""
+"""The identity of a run: the named values that must not change when the run resumes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,13 +6,13 @@ from typing import Any
 from llada_jax import config, noise
 from llada_jax.train.experiment import Experiment
 
-# What checkpoints of an earlier version recorded instead of "settings": one text, which ended a run
-# for a change of mc_chunk too.
+# Checkpoints of an earlier version have this entry instead of "settings". Its value is one text,
+# in which even a change of mc_chunk counted.
 _AS_TEXT = "settings of the loss, its noise or the seed"
 
 
 def of(plan: Experiment, reference: str) -> dict[str, Any]:
-    """The identity of an experiment; `reference` is the fingerprint of the reference policy."""
+    """Returns the identity of an experiment; `reference` is the reference policy's fingerprint."""
     return {
         "data": plan.rows.fingerprint,
         "noise format": noise.FORMAT,
@@ -23,10 +23,10 @@ def of(plan: Experiment, reference: str) -> dict[str, Any]:
 
 
 def check(plan: Experiment, mine: Mapping[str, Any], recorded: Mapping[str, Any] | None) -> str:
-    """Compares an experiment with what its checkpoint recorded; returns a line to say, or "".
+    """Compares a run's identity with that of its checkpoint; returns a line to print, or "".
 
-    A setting that the checkpoint does not name had its default then. Raises ValueError if anything
-    differs.
+    A setting that the checkpoint does not name counts as its default. Raises ValueError, which
+    names the values, if the two differ.
     """
     if recorded is None:
         return "the checkpoint records no settings: nothing of them is compared"

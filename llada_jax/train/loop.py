@@ -1,4 +1,4 @@
-"""A run: from its newest checkpoint, or from the start, to its last step or a signal."""
+"""The training loop: from the newest checkpoint or the start, to the last step or a signal."""
 
 import json
 import math
@@ -21,17 +21,21 @@ from llada_jax.train.reference import Policy
 from llada_jax.train.state import TrainState
 from llada_jax.train.step import jit_update
 
-STOPPED = 143  # exit status after SIGTERM or SIGINT, the state being saved
+STOPPED = 143  # exit status after SIGTERM or SIGINT, when the state has been saved
 
 
 def train(plan: Experiment) -> int:
-    """Runs an experiment to its end, or to a signal; returns the exit status."""
+    """Runs an experiment to its end or until a signal; returns the exit status.
+
+    SIGTERM or SIGINT (Ctrl-C) saves the state and returns 143; a second signal ends the process at
+    once.
+    """
     stop = Stop()
     keep = plan.checkpoint.keep
     try:
         with plan.parallel.use(), Checkpoints(plan.workdir / "checkpoints", keep) as saved:
             return Run(plan, saved, stop).to_the_end()
-    except Stopped:  # before the first update: there is nothing new to save
+    except Stopped:  # raised before the first update, so there is nothing new to save
         hosts.say(
             "stopped in the reference's terms or the evaluation at the start; "
             "the same command continues"
@@ -42,7 +46,7 @@ def train(plan: Experiment) -> int:
 
 
 class Run:
-    """One run on this host: its state, its loader, its history."""
+    """One run on this host: its state, its loader and its history."""
 
     def __init__(self, plan: Experiment, saved: Checkpoints, stop: Stop):
         self.plan, self.saved, self.stop = plan, saved, stop
@@ -57,7 +61,7 @@ class Run:
                 f"continuing from step {int(self.state.step)} of {plan.num_steps} in {plan.workdir}"
             )
         self.start = int(self.state.step)
-        self.history: list[dict] = extra.get("evaluations", [])  # of every evaluation so far
+        self.history: list[dict] = extra.get("evaluations", [])  # all evaluations so far
         self.loader = plan.batches(
             plan.rows,
             batch_rows=plan.data.batch_rows,
@@ -76,9 +80,9 @@ class Run:
         self.evaluation = Evaluation(plan, self.reference, stop)
 
     def to_the_end(self) -> int:
-        """Every step that is left, with its log, evaluation and checkpoint; the exit status."""
+        """Runs all remaining steps, logs, evaluations and saves; returns the exit status."""
         plan = self.plan
-        # A run that was stopped may have gone without the evaluation of its last step.
+        # A run that was stopped may have skipped the evaluation of its last step.
         evaluates_first = self._is_due(self.start) and (
             not self.history or self.history[-1]["step"] < self.start
         )
@@ -95,21 +99,23 @@ class Run:
         ):
             if evaluates_first:
                 self.evaluate(self.start)
-            unread = None  # the metrics of the step before, read while this one runs (house rule 4)
+            # Read the metrics of a step while the next step runs (house rule 4).
+            unread = None
             for step in range(self.start + 1, plan.num_steps + 1):
                 values = self.step()
                 if unread:
                     self.log(*unread)
                 unread = (step, *values)
-                stopping = self.stop.agreed()  # read once: the signal may come between two lines
+                stopping = self.stop.agreed()  # call it once: a signal may come between two lines
                 saving = stopping or step == plan.num_steps or step % plan.checkpoint.every == 0
-                if self._is_due(step) or saving:  # a checkpoint holds what is logged and finite
+                # Log before saving: `log` raises an error if the metrics are not finite.
+                if self._is_due(step) or saving:
                     self.log(*unread)
                     unread = None
                 if self._is_due(step) and not stopping:
                     try:
                         self.evaluate(step)
-                    except Stopped:  # the run that continues begins with this evaluation
+                    except Stopped:  # the resumed run repeats this evaluation first
                         stopping = saving = True
                 if saving:
                     self.save(step)
@@ -125,20 +131,26 @@ class Run:
         return 0
 
     def step(self) -> tuple[dict[str, Any], int]:
-        """One update on the next batch: (its metrics, not yet read; tokens in the batch)."""
+        """Updates the state on the next batch; returns (metrics on devices, tokens of the batch).
+
+        The caller reads the metrics later, so that this call need not wait for the devices.
+        """
         batch: Batch = next(self.loader)
-        # For the rates alone, so this host's share speaks for the others.
+        # The number is for the rates only. Assume that the other hosts have as many tokens.
         tokens = self.plan.parallel.shard[1] * int((batch.segment_ids > 0).sum())
         batch = self.reference.place(batch)
         self.state, values = self.update(self.state, batch, self.reference.frozen)
         return values, tokens
 
     def log(self, step: int, values: dict[str, Any], tokens: int):
-        """Writes and shows the metrics of a step. Raises FloatingPointError if they are not finite."""
+        """Writes and shows the metrics of a step.
+
+        Raises FloatingPointError if the loss or the gradient norm is not finite.
+        """
         values = metrics.floats(values)
         unit = self.plan.objective.unit
         rates = self.progress.update(step, values, **{"tokens": tokens, unit: values[unit]})
-        # The rate that this update was computed with: optax counts from 0.
+        # The learning rate of this update. optax counts steps from 0.
         rate = self.plan.schedule(step - 1)
         self.writer.write(step, values | {"learning_rate": rate} | rates)
         for name in ("loss", "grad_norm"):
@@ -149,7 +161,7 @@ class Run:
                 )
 
     def evaluate(self, step: int):
-        """Measures the current parameters, and adds the result to the history."""
+        """Evaluates the current parameters and adds the result to the history."""
         found = self.evaluation.run(self.state.params)
         self.history.append({"step": step, **found})
         if found:
@@ -157,7 +169,7 @@ class Run:
             hosts.say(f"evaluation at step {step}: {evaluation.shown(self.plan, found)}")
 
     def save(self, step: int):
-        """Starts to save the state, with all else that a resume needs."""
+        """Starts to save the state and everything else that a resume needs."""
         extra = {
             "next_index": self.loader.next_index,
             "identity": self.identity,
@@ -167,7 +179,7 @@ class Run:
         self.saved.save(step, self.state, extra)
 
     def _is_due(self, step: int) -> bool:
-        """Whether a step is followed by an evaluation."""
+        """Whether an evaluation follows this step."""
         every = self.plan.eval.every
         return step in (0, self.plan.num_steps) or (every > 0 and step % every == 0)
 
@@ -183,7 +195,7 @@ class Run:
 
 
 def _write_model_folder(plan: Experiment):
-    """workdir/model: config.json and the tokenizer, so that the workdir is a model on its own."""
+    """Writes config.json and the tokenizer to workdir/model, so that the workdir can be loaded."""
     folder = plan.workdir / "model"
     plan.tokenizer.save(folder)
     content = json.dumps(plan.model.config.to_dict(), indent=1) + "\n"

@@ -16,14 +16,14 @@ class Optimizer:
 
     peak: float = 1e-3  # learning rate after warm-up
     warmup_steps: int = 100  # steps of linear warm-up from 0
-    schedule: str = "cosine"  # after warm-up; or "constant", down in the last tenth of the steps
-    end_fraction: float = 0.0  # of the peak, at the last step
-    b1: float = 0.9  # decay of the mean of gradients
-    b2: float = 0.95  # decay of the mean of their squares
-    eps: float = 1e-8  # added to the root of the latter
-    weight_decay: float = 0.01  # of matrices, not of the scales of norms
-    clip_norm: float = 1.0  # largest norm of a gradient; 0: no clipping
-    accumulate: int = 1  # parts of a batch, one after the other: less memory, the same result
+    schedule: str = "cosine"  # after warm-up; or "constant": decays in the last tenth of the steps
+    end_fraction: float = 0.0  # learning rate at the last step, as a fraction of the peak
+    b1: float = 0.9  # AdamW: decay of the mean of the gradients
+    b2: float = 0.95  # AdamW: decay of the mean of their squares
+    eps: float = 1e-8  # AdamW: added to the square root of the latter
+    weight_decay: float = 0.01  # weight decay of matrices; norm scales have none
+    clip_norm: float = 1.0  # largest global norm of the gradient; 0: no clipping
+    accumulate: int = 1  # split a batch into so many parts: less memory, the same result
 
     def __post_init__(self):
         config.one_of(self, schedule=SCHEDULES)

@@ -1,4 +1,4 @@
-"""The reference policy of a run: parameters, or terms computed before training."""
+"""The reference policy of a run: its parameters, or its terms, computed before training."""
 
 import functools
 from typing import Any
@@ -16,15 +16,16 @@ from llada_jax.train.reference_cache import ReferenceCache
 
 
 class Policy:
-    """What a step and an evaluation take beside a batch: `frozen`, or terms in the batch.
+    """The reference policy that steps and evaluations use.
 
-    A run whose objective has no reference policy has a `Policy` too, an empty one.
+    They get its parameters (`frozen`), or its terms as a part of each batch (`place`). If the
+    objective has no reference policy, both are empty.
     """
 
     def __init__(self, plan: Experiment, shardings, stop: Stop):
         self._plan, self._stop = plan, stop
-        self.frozen: Any = None  # the parameters, if steps take them
-        self.fingerprint = ""  # of the parameters
+        self.frozen: Any = None  # the parameters; None if steps do not need them
+        self.fingerprint = ""  # the fingerprint of the parameters
         self._caches: dict[str, ReferenceCache] = {}
         if plan.reference is not None:
             path = plan.reference.reference_from or plan.init_from
@@ -32,9 +33,9 @@ class Policy:
             self.fingerprint = hashing.fingerprint(self.frozen)
 
     def compute_terms(self, end_index: int):
-        """Computes the terms that steps and evaluations will read, if the config asks for it.
+        """Computes the terms for all steps and evaluations if the config asks for cached terms.
 
-        `end_index` is the loader's index after the last step. The parameters are given up.
+        `end_index` is the loader's index after the last step. The parameters are then released.
         """
         plan = self._plan
         if plan.reference is None or not plan.reference.is_cached:
@@ -47,7 +48,7 @@ class Policy:
         self.frozen = None
 
     def place(self, batch: Batch, which: str = "train") -> Batch:
-        """A host's batch on the devices, with the reference's terms if they were computed before."""
+        """Puts a host's batch on the devices, with the reference terms if they are cached."""
         if which in self._caches:
             batch = batch.replace(reference=self._caches[which][batch])
         return self._plan.parallel.put(batch)
@@ -71,7 +72,7 @@ class Policy:
         model = plan.model
         cache = ReferenceCache(
             plan.workdir / "reference",
-            # All that the terms depend on, rounding included.
+            # Everything that the terms depend on, their rounding included.
             {
                 "reference": self.fingerprint,
                 "rows": rows.fingerprint,

@@ -1,7 +1,7 @@
-"""Every key of an experiment: one settings dataclass a section, and what must hold between them.
+"""Every key of an experiment: one settings dataclass per section, and the checks between them.
 
-`experiment(objective)` makes the config that configs/base.py hands out; `read` turns a config back
-into settings, and refuses what no run could honour before anything is opened.
+`experiment(objective)` makes the config that configs/base.py returns. `read` converts a config to
+settings. It refuses values that no run can use before any file is opened.
 """
 
 import dataclasses
@@ -25,12 +25,14 @@ from llada_jax.train.optim import Optimizer
 class Run:
     """The keys at the top of a config."""
 
-    objective: str = "vrpo"  # set by base.get_config(objective): "pretrain", "sft", "vrpo" or yours
-    init_from: str = ""  # Hugging Face style folder or checkpoint of ours; "": random parameters
-    seed: int = 0  # of parameters, order of the rows and noise
-    num_steps: int = 0  # 0: as many as `epochs` passes over the data take
-    epochs: int = 1  # passes over the data, if num_steps is 0
-    # "mesh": jit over the mesh; "pmap": parameters on every device, rows split, mesh.data alone
+    # "pretrain", "sft", "vrpo" or your own; base.get_config(objective) sets it
+    objective: str = "vrpo"
+    # the initial model: Hugging Face style folder or our checkpoint; "": random parameters
+    init_from: str = ""
+    seed: int = 0  # seed of the parameters, the order of the rows and the noise
+    num_steps: int = 0  # number of steps; 0: `epochs` passes over the data
+    epochs: int = 1  # passes over the data if num_steps is 0
+    # "mesh": jit over the mesh; "pmap": all parameters on every device, mesh.data only
     parallelism: str = "mesh"
 
     def __post_init__(self):
@@ -40,18 +42,18 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """How the model computes, and what it is if it starts from random parameters."""
+    """How the model computes, and its architecture if it starts from random parameters."""
 
-    # keys of a published config.json: needed without init_from, checked against it otherwise
+    # keys of a published config.json; required without init_from, else compared with it
     arch: dict = dataclasses.field(default_factory=dict)
-    dtype: str = "float32"  # of activations
-    param_dtype: str = "float32"
-    remat: str = "none"  # "none", "dots" or "full": what a layer drops and computes again backward
+    dtype: str = "float32"  # type of the activations: "float32" or "bfloat16"
+    param_dtype: str = "float32"  # type of the parameters: "float32" or "bfloat16"
+    # what a layer recomputes in its backward pass: "none", "dots" (part) or "full"
+    remat: str = "none"
     attention: str = "auto"  # "auto", "xla", "splash" (TPU) or "cudnn" (NVIDIA)
-    unroll: int = (
-        1  # layers compiled one by one: all is faster for a small model, 1 compiles fastest
-    )
-    logps_chunk: int = 8192  # entries of the vocabulary whose logits are held at a time
+    # layers per loop iteration; n_layers: fastest for small models; 1: compiles fastest
+    unroll: int = 1
+    logps_chunk: int = 8192  # vocabulary entries whose logits are computed at a time
 
     def __post_init__(self):
         config.one_of(self, dtype=DTYPES, param_dtype=DTYPES)
@@ -61,44 +63,44 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Where rows come from, and how many make a batch."""
+    """Where rows come from, and how many rows a batch has."""
 
     train: str = ""  # jsonl:GLOB, tfds:NAME_OR_DIR or python:module:function?key=value
-    heldout: str = ""  # another source; "": the share `holdout` of the train source
-    tokenizer: str = ""  # folder, tokenizer.json or SentencePiece model; "": beside init_from
-    batch_rows: int = 16  # rows of all devices in one step
-    cache_dir: str = ""  # of packed rows; "": WORKDIR/data
+    heldout: str = ""  # held-out source; "": the share `holdout` of the train source
+    tokenizer: str = ""  # folder, tokenizer.json or SentencePiece model; "": that of init_from
+    batch_rows: int = 16  # rows in a step, over all devices
+    cache_dir: str = ""  # local folder for packed rows; "": WORKDIR/data
     packing: Packing = Packing()
 
     def __post_init__(self):
         config.at_least(self, batch_rows=1)
         if self.heldout and self.packing.holdout:
             raise ValueError(
-                f"heldout={self.heldout} and holdout={self.packing.holdout} both say which records are "
-                "held out: set one of them"
+                f"heldout={self.heldout} and holdout={self.packing.holdout} both say which records "
+                "are held out: set one of them"
             )
 
     @property
     def holds_out(self) -> bool:
-        """Whether some records are kept for the evaluation."""
+        """Whether some records are held out for the evaluation."""
         return bool(self.heldout or self.packing.holdout)
 
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """Devices along each axis; -1: what is left."""
+    """The number of devices along each axis of the mesh; one may be -1, all that are left."""
 
-    data: int = -1  # rows split; crosses the network between slices
-    fsdp: int = 1  # rows and parameters split
-    tensor: int = 1  # heads, MLP and vocabulary split
+    data: int = -1  # devices that split the rows, the one axis between TPU slices; -1: the rest
+    fsdp: int = 1  # devices that split the rows and the parameters
+    tensor: int = 1  # devices that split heads, MLP and vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """When a run is saved."""
+    """When a run saves checkpoints, and how many it keeps."""
 
-    every: int = 1000  # steps; always at the end and when stopped
-    keep: int = 3  # newest steps to keep
+    every: int = 1000  # steps between checkpoints; a run also saves at its end and when stopped
+    keep: int = 3  # number of newest checkpoints to keep
 
     def __post_init__(self):
         config.at_least(self, every=1, keep=1)
@@ -106,14 +108,14 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
-    """What is measured on held-out rows, and when."""
+    """When a run evaluates, and what it measures on held-out rows."""
 
-    every: int = 0  # steps; 0: at the start and the end only
-    batch_rows: int = 0  # 0: as many as go through the model together in training
-    n_t: int = 8  # draws of the held-out metrics, noise shared
-    # vrpo: score variance, V_t and V_yt by >= 3 repeats of 2 n + 4 forward passes; 0: off
+    every: int = 0  # steps between evaluations; 0: only at the start and at the end
+    batch_rows: int = 0  # rows at a time; 0: as many as training computes at a time
+    n_t: int = 8  # draws for the held-out metrics; policy and reference share them
+    # vrpo: repeats (>= 3, each 2 n + 4 forward passes) for score variance, V_t and V_yt; 0: off
     variance_repeats: int = 0
-    seconds_between_lines: float = 10.0  # of progress, where there is no terminal
+    seconds_between_lines: float = 10.0  # time between progress lines if there is no terminal
 
     def __post_init__(self):
         config.at_least(
@@ -127,15 +129,15 @@ class Eval:
 
 @dataclasses.dataclass(frozen=True)
 class Solve:
-    """Responses to held-out prompts, scored at each evaluation."""
+    """Held-out prompts that the model answers at each evaluation, and the scorer of the answers."""
 
-    prompts: str = ""  # a source; "": off
+    prompts: str = ""  # source of prompts, answered at each evaluation; "": none
     scorer: str = ""  # module:function, (record, response) -> float
-    limit: int = 0  # prompts; 0: all
-    gen_length: int = 128  # tokens of a response
-    steps: int = 128  # denoising steps of a response
-    block_length: int = 32  # tokens unmasked together
-    batch_size: int = 50  # prompts answered at once
+    limit: int = 0  # number of prompts; 0: all
+    gen_length: int = 128  # tokens in a response
+    steps: int = 128  # denoising steps for a response
+    block_length: int = 32  # tokens in a block; blocks are filled from left to right
+    batch_size: int = 50  # prompts answered at a time
 
     def __post_init__(self):
         config.at_least(self, limit=0, batch_size=1, gen_length=1, steps=1, block_length=1)
@@ -156,11 +158,11 @@ SECTIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """A config, read: every section as its settings."""
+    """The settings of a config, section by section."""
 
     run: Run
     objective: Objective
-    loss: Any  # the objective's Settings
+    loss: Any  # the objective's settings
     reference: Reference | None  # None: the objective has no reference policy
     model: Model
     data: Data
@@ -172,9 +174,10 @@ class Settings:
 
 
 def experiment(objective: str) -> ConfigDict:
-    """The config of an objective, every key at its default; locked, so that no key can be misspelt.
+    """Makes the config of an objective, with every key at its default.
 
-    Raises ValueError for an objective that OBJECTIVES does not hold.
+    It is locked, so that a misspelt key is an error. Raises ValueError if the objective is not in
+    OBJECTIVES.
     """
     top = config.section(Run, objective=objective)
     known = _objective(objective)
@@ -185,9 +188,9 @@ def experiment(objective: str) -> ConfigDict:
 
 
 def read(c: ConfigDict, *, dry_run: bool = False) -> Settings:
-    """The settings of a config. A dry run may do without init_from.
+    """Converts a config to settings. In a dry run init_from may be missing.
 
-    Raises ValueError, in one line, for a value that its key or another key forbids.
+    Raises ValueError, in one line, if a value is invalid or conflicts with another key.
     """
     run = config.build(Run, c, "config.")
     objective = OBJECTIVES[run.objective]
@@ -212,7 +215,10 @@ def read(c: ConfigDict, *, dry_run: bool = False) -> Settings:
 
 
 def describe_keys(c: ConfigDict | None = None) -> str:
-    """Every key with its value and comment, a line each; without a config, those of all objectives."""
+    """Returns one line for every key, with its value and its comment.
+
+    Without a config, it has the keys of all objectives with their defaults.
+    """
     lines = ["keys of a config (--config.NAME=VALUE):"]
     if c is not None:
         chosen = [_objective(c.objective)]
@@ -242,7 +248,7 @@ def _objective(name: str) -> Objective:
 
 
 def _sections(objective: Objective) -> Iterable[tuple[str, tuple[type, ...]]]:
-    """(name, settings dataclasses) of every section of an objective's config."""
+    """Yields (name, settings dataclasses) of every section of an objective's config."""
     yield "model", (Model,)
     yield "data", (Data,)
     own = (objective.Settings, Reference) if objective.needs_reference else (objective.Settings,)
@@ -255,7 +261,7 @@ def _given(section: str, objective: Objective) -> dict[str, str]:
 
 
 def _check_together(s: Settings, dry_run: bool):
-    """Refuses values that another section forbids."""
+    """Raises ValueError if the values of two sections conflict."""
     if repeats := s.eval.variance_repeats:
         name, has = f"config.eval.variance_repeats={repeats}", s.objective.needs_reference
         for wrong, why in (
@@ -265,7 +271,8 @@ def _check_together(s: Settings, dry_run: bool):
             ),
             (
                 has and s.reference.is_cached,
-                "draws new noise, for which no terms are cached: set vrpo.reference='model', or it to 0",
+                "draws new noise, for which no terms are cached: set vrpo.reference='model', "
+                "or it to 0",
             ),
             (not s.data.holds_out, "needs held-out pairs: set data.holdout or data.heldout"),
         ):

@@ -1,4 +1,4 @@
-"""The training state and its sharded initialisation."""
+"""The training state and its initialisation on sharded devices."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from llada_jax.parallel import mesh as mesh_lib
 
 @flax.struct.dataclass
 class TrainState:
-    """What a training step changes and a checkpoint stores: step, parameters, optimiser state."""
+    """What a training step updates and a checkpoint stores: step, parameters, optimiser state."""
 
     step: Int[Array, ""] | Any
     params: Any
@@ -23,7 +23,7 @@ class TrainState:
 
 
 def _create(model: nn.Module, tx: optax.GradientTransformation):
-    # Two tokens are enough to make the parameters, and too few for an attention kernel.
+    # Two tokens are enough to make the parameters, but too few for an attention kernel: use "xla".
     model = model.clone(attention="xla")
 
     def create(key):
@@ -34,7 +34,7 @@ def _create(model: nn.Module, tx: optax.GradientTransformation):
 
 
 def abstract_state(model: nn.Module, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Shapes, types and shardings of the state, without an array: what restoring and compiling need."""
+    """Returns the shapes, types and shardings of the state. Restoring and compiling need them."""
     create, key = _create(model, tx), jax.random.key(0)
     shardings = mesh_lib.shardings(mesh, jax.eval_shape(create, key))
     return jax.tree.map(
@@ -47,9 +47,9 @@ def abstract_state(model: nn.Module, tx: optax.GradientTransformation, mesh: Mes
 def init_state(
     model: nn.Module, tx: optax.GradientTransformation, mesh: Mesh, key: Key[Array, ""], params=None
 ):
-    """Makes a new state, with each parameter on the devices of its sharding.
+    """Makes a new state, sharded over the devices of the mesh.
 
-    `params` (host or device arrays) are used instead of random parameters.
+    `params` (host or device arrays) replace the random parameters if given.
     """
     abstract = abstract_state(model, tx, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)

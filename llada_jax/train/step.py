@@ -1,4 +1,4 @@
-"""One training step, pure, for every objective: (state, batch, frozen) -> (state, metrics)."""
+"""The training step of every objective: a pure (state, batch, frozen) -> (state, metrics)."""
 
 import functools
 from collections.abc import Callable
@@ -30,12 +30,13 @@ def train_step(
     accumulate: int = 1,
     axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """One update: the gradient of the mean loss over the examples of the batch.
+    """Updates the state by the gradient of the mean loss over the examples of the batch.
 
-    `frozen` holds the reference policy's parameters; it is None if the objective has no reference,
-    or if `batch.reference` has its terms. Both give the same update. `accumulate` parts of the batch
-    go through the model one after the other, which changes memory, not the result. `axis_name` is a
-    mapped axis that splits the rows of the batch; it is None if `batch` holds all rows.
+    frozen: the reference policy's parameters. None if the objective has no reference policy, or if
+        `batch.reference` has its terms. Parameters and terms give the same update.
+    accumulate: the batch is computed in so many parts, one after the other. This saves memory and
+        does not change the result.
+    axis_name: a mapped axis that splits the rows of the batch. None if `batch` has all rows.
     """
     batch = objective.prepare(batch, settings)
     total = _over_devices(objective.is_example(batch).sum().astype(jnp.float32), axis_name)
@@ -43,7 +44,7 @@ def train_step(
     def loss_fn(params, rows):
         examples = objective.examples(params, rows, frozen, model=model, settings=settings)
         mask = objective.is_example(rows)
-        # This part's share of each mean over all examples of the batch.
+        # Divide by the number of examples in the whole batch, so that the parts add up to means.
         means = {
             name: jnp.sum(jnp.where(mask, x, 0)) / jnp.maximum(total, 1)
             for name, x in examples.items()
@@ -63,7 +64,7 @@ def train_step(
 
 
 def jit_update(experiment: Experiment, shardings: TrainState):
-    """The compiled step, (state, batch, frozen) -> (state, metrics); the state is donated."""
+    """Returns the jitted step (state, batch, frozen) -> (state, metrics). It donates the state."""
     step = functools.partial(
         train_step,
         objective=experiment.objective,
@@ -83,17 +84,17 @@ def jit_update(experiment: Experiment, shardings: TrainState):
 
 
 def _over_devices(tree: Any, axis_name: str | None):
-    """Sums over the devices of a mapped axis; without one, sums are over all rows already."""
+    """Sums over the devices of a mapped axis. Without one, the sums are over all rows already."""
     return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
 
 def _gradient(loss_fn: Callable, params: Any, rows: Batch, accumulate: int):
-    """Gradient and metrics of a loss that adds up over rows, in `accumulate` parts."""
+    """Returns the gradient and metrics of a loss that is a sum over rows, in `accumulate` parts."""
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
     if accumulate == 1:
         (_, metrics), grads = gradient(params, rows)
         return grads, metrics
-    # Part k takes row k of every `accumulate` neighbours, so that each device keeps its own rows.
+    # Part k takes every `accumulate`-th row from row k on, so that each device keeps its own rows.
     pieces = jax.tree.map(
         lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), rows
     )
@@ -103,7 +104,7 @@ def _gradient(loss_fn: Callable, params: Any, rows: Batch, accumulate: int):
         return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, (grads, metrics)), None
 
     (_, metrics), grads = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], pieces))
-    # Sums in float32, whatever the parameters' type.
+    # Sum in float32 even if the parameters have another type.
     zeros = jax.tree.map(
         lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), (grads, metrics)
     )

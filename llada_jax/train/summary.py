@@ -1,4 +1,4 @@
-"""What a run would do, in a few lines: parameters, rows, steps, FLOPs, memory."""
+"""A summary of a run in a few lines: parameters, rows, steps, FLOPs, memory."""
 
 from llada_jax import models
 from llada_jax.train import cost
@@ -6,7 +6,7 @@ from llada_jax.train.experiment import Experiment
 
 
 def describe(plan: Experiment) -> str:
-    """Parameters, tokens, steps, FLOPs by formula and memory per device, a line each."""
+    """Returns lines for parameters, rows, steps, FLOPs by formula and memory per device."""
     config, devices = plan.model.config, plan.mesh.devices
     count = models.family_of(config).num_params(config)
     hosts = len({device.process_index for device in devices.flat})

@@ -1,4 +1,4 @@
-"""Variance, bias and cost of ELBO estimators: Table 2 of LLaDA 1.5, then ours or yours.
+"""Measures variance, bias and cost of ELBO estimators: Table 2 of LLaDA 1.5, then ours or yours.
 
 python -m llada_jax.variance --policy=MODEL --reference=MODEL --pairs=jsonl:FILES --out=DIR
 """
@@ -14,7 +14,7 @@ from llada_jax.variance.measure import run
 
 
 def parser() -> cli.Parser:
-    """The flags of the command."""
+    """Returns the parser of the command's flags."""
     parser = cli.Parser("variance", __doc__)
     parser.add_argument(
         "--policy",
@@ -80,7 +80,7 @@ def parser() -> cli.Parser:
 
 
 def main(args: argparse.Namespace):
-    """Does what the flags say."""
+    """Runs the command."""
     args.part = args.part or [UP_PROJ]
     hosts.initialize()
     hosts.say(run(args))

@@ -1,4 +1,4 @@
-"""The variance of the scores of held-out pairs, during training."""
+"""Measures the variance of the scores of held-out pairs during training."""
 
 from typing import Any
 
@@ -24,13 +24,15 @@ def score_variance(
     repeats: int,
     axis_name: str | None = None,
 ) -> dict[str, Mean]:
-    """Means over the pairs of a batch of how much a score varies, without gradients; `reference`: its parameters.
+    """Returns the variance of a pair's score, as means over the pairs of a batch; no gradients.
 
-    "score_variance" is that of the scheme of `settings`, whichever it is, over independent repeats; "score_v_t" and
-    "score_v_yt" are Lemma 5's, of one iid draw of noise that is shared, by two samples at each of `repeats` >= 3 times.
+    "score_variance" is the sample variance over `repeats` independent repeats, under the scheme of
+    `settings`. "score_v_t" and "score_v_yt" are V_t and V_yt of Lemma 5, for one iid draw with
+    shared noise. They are estimated from two samples at each of `repeats` >= 3 times. `reference`
+    contains the reference policy's parameters. `axis_name` is a mapped axis that splits the rows.
     """
 
-    # One draw at a time: the memory of training may be that of one.
+    # Compute one draw at a time: training may have memory for only one.
     def terms_fn(params, batch, drawn):
         return terms_lib.model_terms(model, params, batch, drawn, chunk=1)
 
@@ -49,7 +51,7 @@ def score_variance(
 
     found = {"score_variance": jax.lax.map(repeat, jnp.arange(repeats)).var(0, ddof=1)}
     split = decomposition.decompose(jax.lax.map(time, jnp.arange(repeats)))
-    # One draw of winner and loser each, independent: their variances add up.
+    # Winner and loser have independent draws, so their variances add up.
     found |= {
         f"score_{name}": v[:, 0::2] + v[:, 1::2]
         for name, v in (("v_t", split.v_t), ("v_yt", split.v_yt))

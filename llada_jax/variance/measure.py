@@ -1,7 +1,6 @@
-"""The command of the laboratory: measures estimators on two models and preference pairs.
+"""Measures estimators on two models and preference pairs: what `python -m llada_jax.variance` runs.
 
-It saves one file for each batch and estimator, so that the same command continues where it was
-stopped.
+It saves one file for each batch and estimator, so the same command continues where it stopped.
 """
 
 import argparse
@@ -37,7 +36,10 @@ from llada_jax.variance.problem import NESTED_EPOCH, TRUTH_EPOCH, Estimator, Pro
 
 
 class Run:
-    """One measurement: models, rows and estimators; its results are files under `out`."""
+    """One measurement: models, rows and estimators. Its results are files under `out`.
+
+    Raises ValueError or ImportError if the flags are invalid, before it reads any weights.
+    """
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -92,7 +94,7 @@ class Run:
                 "are different architectures"
             )
         boxed = models.boxed_shapes(configs[0])
-        if parts:  # a --part that is not there shows before a weight is read
+        if parts:  # raises an error for an unknown --part before any weights are read
             jax.eval_shape(
                 lambda params: gradients_lib.squared_norms(params, parts), nn.unbox(boxed)
             )
@@ -113,7 +115,7 @@ class Run:
         model, self.params = loading.load(args.policy, args.dtype, shardings)
         self.reference = loading.load(args.reference, args.dtype, shardings)[1]
         # The path of a model does not identify it: a workdir means its newest checkpoint. All hosts
-        # must compute the fingerprint together. So it is here and not in `identity`.
+        # must compute the fingerprints together, so they are computed here, not in `identity`.
         self.weights = {
             f"weights of the {name}": hashing.fingerprint(params)
             for name, params in (("policy", self.params), ("reference", self.reference))
@@ -121,7 +123,7 @@ class Run:
         return model.clone(remat=args.remat), rows
 
     def identity(self) -> dict:
-        """All settings and inputs that a result depends on."""
+        """Returns all settings and inputs that a result depends on."""
         names = (
             "policy",
             "reference",
@@ -138,14 +140,14 @@ class Run:
         return kept | self.weights | {"rows": self.rows.fingerprint, "noise": noise.FORMAT}
 
     def batches(self) -> Iterator:
-        """The global batches, each once and in order, for any number of hosts that load them."""
+        """Yields each global batch once, with its rows in order, for any number of hosts."""
         hosts = Parallel("mesh", self.mesh)
         index, count = hosts.shard
         loader = batches_lib.loader(
             self.rows, batch_rows=self.args.batch_rows, seed=0, shuffle=False, epochs=1, pad=True,
             shard_index=index, shard_count=count,
         )  # fmt: skip
-        # Padding has row id -1. As uint32 this is the largest number: it comes last.
+        # Padding has row id -1. As uint32 this is the largest number, so padding comes last.
         in_order = jax.jit(
             lambda batch: jax.tree.map(
                 lambda x: x[jnp.argsort(batch.row_ids.astype(jnp.uint32))], batch
@@ -155,7 +157,7 @@ class Run:
         return (in_order(hosts.put(batch)) for batch in loader)
 
     def measure(self) -> list[dict]:
-        """Computes the results not yet on disk; returns a dict by estimator for every batch."""
+        """Computes the results that are not yet on disk; returns a dict by estimator per batch."""
         args, problem = self.args, self.problem
         everywhere = mesh.replicated(self.mesh)
         like = jax.tree.map(lambda x: x.sharding, self.params) if problem.gradient else None
@@ -205,9 +207,9 @@ class Run:
         return found
 
     def _truth(self, batch) -> tuple[dict, Any]:
-        """The high-budget estimate and its gradient.
+        """Computes the high-budget estimate and its gradient.
 
-        Both are the mean of two halves, whose difference gives their error.
+        Each is the mean of two halves. The difference of the halves gives its error.
         """
         half = Estimator(noise.Scheme(self.args.truth // 2, times="stratified"))
         halves = [
@@ -232,7 +234,7 @@ class Run:
         return values, means[0]
 
     def _column(self, estimator: Estimator, batch, truth) -> dict:
-        """All repeats of one estimator on one batch."""
+        """Computes all repeats of one estimator on one batch."""
         moments = self._zero(self.params)
         elbos, norms = [], []
         for repeat in range(self.args.repeats):
@@ -253,13 +255,13 @@ class Run:
         mean_error = jax.tree.map(lambda a, t: a / moments[0].count - t, moments[0].total, truth[1])
         values |= {name: np.stack([np.asarray(norm[name]) for norm in norms]) for name in norms[0]}
         values["mean_error"] = np.asarray(self._norms(mean_error))
-        # There are moments of the score's gradient only for batches of one pair.
+        # The score's gradient has moments only if batches have one pair.
         for name, of in zip(("trace", "score trace"), moments, strict=False):
             values[name] = np.asarray(of.trace(self.problem.parts))
         return values
 
     def _nested_draws(self, batch, truth) -> dict:
-        """The nested draws: nested_t times, and nested_yt samples at each.
+        """Computes the nested draws: nested_t times, and nested_yt samples at each.
 
         Their gradient is that of the loss linearised at the true scores.
         """
@@ -350,7 +352,7 @@ def run(args: argparse.Namespace) -> str:
         found = this.measure()
     if not hosts_lib.is_first():
         return ""
-    # The mean number of positions of one pair, for the cost of a model call.
+    # The mean number of positions in one pair. It gives the cost of a model call.
     tokens = this.rows.stats.tokens / this.rows.stats.samples
     flops_per_token = models.family_of(this.model.config).flops_per_token
     flops = flops_per_token(this.model.config, this.rows.row_length) * tokens

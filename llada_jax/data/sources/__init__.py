@@ -1,4 +1,4 @@
-"""Where records come from, one kind of source a file. A new one is one file and one entry of SOURCES.
+"""The sources that records come from. Each kind is one file and one entry of SOURCES.
 
 A source is written NAME:REST. Several are joined by commas: `jsonl:a.jsonl,jsonl:b.jsonl`.
 """
@@ -15,25 +15,29 @@ SOURCES: dict[str, Source] = {"jsonl": JSONL, "tfds": TFDS, "python": PYTHON}
 
 
 def raw_records(source: str) -> Iterator[tuple[str, object]]:
-    """("file:line", record) of each record; a jsonl record is still its line."""
+    """Yields ("file:line", record) of every record; a jsonl record is still a line of bytes.
+
+    Raises ValueError if `source` names a kind that is not in SOURCES.
+    """
     for name, rest in _split(source):
         yield from SOURCES[name].records(rest)
 
 
 def identify(source: str, digest, limit: int) -> None:
-    """Feeds the content of the first `limit` records (0: all) of a source to a hash."""
+    """Adds the content of the first `limit` records of a source (0: all) to a hash."""
     for name, rest in _split(source):
         digest.update(name.encode())
         SOURCES[name].identify(rest, digest, limit)
 
 
 def _split(source: str) -> list[tuple[str, str]]:
-    """[(name, rest)] of the sources that commas join."""
+    """Returns [(name, rest)] of the sources that are joined by commas."""
     names = "|".join(map(re.escape, SOURCES))
     parts = [part.partition(":") for part in re.split(rf",(?=(?:{names}):)", source)]
     for name, _, rest in parts:
         if name not in SOURCES or not rest:
             raise ValueError(
-                f"data source {source!r}: {name!r} is none of {', '.join(SOURCES)}; write jsonl:PATH"
+                f"data source {source!r}: {name!r} is none of {', '.join(SOURCES)}; "
+                "write jsonl:PATH"
             )
     return [(name, rest) for name, _, rest in parts]

@@ -12,7 +12,7 @@ def _records(pattern: str) -> Iterator[tuple[str, bytes]]:
 
 
 def _identify(pattern: str, digest, limit: int) -> None:
-    del limit  # reading a part of a compressed file is not much quicker
+    del limit  # hash whole files: to read a part of a compressed file is not much faster
     for path in expand(pattern):
         digest.update(f"file {path.suffix} ".encode())
         with path.open("rb") as f:

@@ -1,4 +1,4 @@
-"""Source: what the library asks of a place that records come from."""
+"""Source: the functions that a kind of data source provides."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -7,13 +7,15 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One kind of source, `NAME:REST` in a config.
+    """One kind of source, written `NAME:REST` in a config.
 
-    `records(rest)` yields ("where", record): where it stands, for error messages, and the record as a
-    dict or as a line of JSON in bytes. It yields the same records every time.
-    `identify(rest, digest, limit)` feeds the content of the first `limit` records (0: all) to a hash:
-    another content gets other packed rows.
-    Both raise FileNotFoundError or ValueError, in one line, for a `rest` that names nothing.
+    `records(rest)` yields (where, record). `where` is the place of the record, for error messages.
+    The record is a dict, or a line of JSON in bytes. It must yield the same records every time.
+
+    `identify(rest, digest, limit)` adds the content of the first `limit` records (0: all) to a
+    hash. Packed rows are named by this hash, so changed content is packed again.
+
+    Both raise FileNotFoundError or ValueError, in one line, if `rest` names nothing.
     """
 
     records: Callable[[str], Iterator[tuple[str, Any]]]

@@ -17,14 +17,14 @@ def _records(spec: str) -> Iterator[tuple[str, object]]:
 
 
 def _builder(spec: str) -> tuple[tfds.core.DatasetBuilder, str]:
-    match = re.fullmatch(r"(.+?):(\w[^/]*)", spec)  # a split may hold colons too: train[:100]
+    match = re.fullmatch(r"(.+?):(\w[^/]*)", spec)  # a split may contain colons: train[:100]
     name, split = match.groups() if match else (spec, "train")
     is_path = name.startswith(("/", ".", "~")) or "://" in name
     try:
         builder = (
             tfds.builder_from_directory(os.path.expanduser(name)) if is_path else tfds.builder(name)
         )
-    except Exception as e:  # it raises many kinds, over many lines
+    except Exception as e:  # TFDS raises many types of error, with messages of many lines
         raise FileNotFoundError(
             f"data source tfds:{spec}: no prepared dataset at {name}; prepare it, or set "
             "TFDS_DATA_DIR to where it is"
@@ -48,7 +48,7 @@ def _builder(spec: str) -> tuple[tfds.core.DatasetBuilder, str]:
 
 
 def _from_tfds(value: object) -> object:
-    """Bytes to str, arrays to lists, {role: [..], content: [..]} to a list of messages."""
+    """Converts bytes to str, arrays to lists, {role: [..], content: [..]} to a list of messages."""
     if isinstance(value, bytes):
         return value.decode("utf-8")
     if isinstance(value, np.ndarray | np.generic):
