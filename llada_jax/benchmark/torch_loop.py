@@ -21,6 +21,8 @@ from llada_jax.benchmark.step import Work
 from llada_jax.models.llada import ModelConfig
 from llada_jax.objectives import terms
 from llada_jax.objectives.preference import Preference
+from llada_jax.train.experiment import Experiment
+from llada_jax.train.optim import Optimizer
 
 _LINEAR = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out")
 

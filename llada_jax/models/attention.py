@@ -69,12 +69,12 @@ def attend(
     # A query attends to the keys with its own id. A key that is masked out gets id -1, which no
     # query has.
     queries_of = keys_of = None
-    if segment_ids is not None or attention_mask is not None:
-        queries_of = keys_of = jnp.zeros(query.shape[:2], jnp.int32)
     if segment_ids is not None:
         queries_of = keys_of = segment_ids.reshape(-1, length).astype(jnp.int32)
     if attention_mask is not None:
-        keys_of = jnp.where(attention_mask.reshape(-1, length), keys_of, -1)
+        if queries_of is None:
+            queries_of = jnp.zeros(query.shape[:2], jnp.int32)
+        keys_of = jnp.where(attention_mask.reshape(-1, length), queries_of, -1)
     platform, kind = _device()
     name, _ = choose(
         implementation, platform, length=length, head_size=head_size, dtype=query.dtype

@@ -39,11 +39,11 @@ def _merge_draws(function):
 
     @wrapped.def_vmap
     def rule(size, is_batched, *args):
-        args = (
+        batched_args = (
             x if batched else jnp.broadcast_to(x, (size, *x.shape))
             for x, batched in zip(args, is_batched, strict=True)
         )
-        out = wrapped(*(x.reshape(-1, *x.shape[2:]) for x in args))
+        out = wrapped(*(x.reshape(-1, *x.shape[2:]) for x in batched_args))
         return jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), out), jax.tree.map(
             lambda _: True, out
         )

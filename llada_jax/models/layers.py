@@ -45,7 +45,7 @@ class RMSNorm(nn.Module):
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         """Normalises the last axis."""
         init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",))
-        scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
+        scale: Any = self.param("scale", init, (x.shape[-1],), self.param_dtype)
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
         return y.astype(self.dtype) * scale.astype(self.dtype)
@@ -64,7 +64,9 @@ class Linear(nn.Module):
     def setup(self):
         """Declares the kernel."""
         init = nn.with_logical_partitioning(nn.initializers.normal(self.std), self.axes)
-        self.kernel = self.param("kernel", init, (self.inputs, self.outputs), self.param_dtype)
+        self.kernel: Any = self.param(
+            "kernel", init, (self.inputs, self.outputs), self.param_dtype
+        )
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
         """Applies the layer to the last axis."""

@@ -50,9 +50,11 @@ class ModelConfig:
     n_layers: int
     vocab_size: int
     mask_token_id: int
-    n_kv_heads: int | None = None  # None: n_heads
-    mlp_hidden_size: int | None = None  # None: 4 x d_model
-    embedding_size: int | None = None  # rows of embedding and head; None: vocab_size
+    # None is filled in when the object is made.
+    n_kv_heads: int = None  # type: ignore[assignment]  # None: n_heads
+    mlp_hidden_size: int = None  # type: ignore[assignment]  # None: 4 x d_model
+    # Rows of embedding and head; None: vocab_size.
+    embedding_size: int = None  # type: ignore[assignment]
     max_sequence_length: int = 4096
     rope_theta: float = 500_000.0
     rms_norm_eps: float = 1e-5
@@ -260,7 +262,7 @@ class LLaDA(nn.Module):
         x, _ = self.blocks(x, attention_mask, segment_ids, positions)
         return self.ln_f(x)
 
-    def _head(self) -> Float[Array, "d v"]:
+    def _head(self) -> Float[Array, "d v"] | Any:
         return self.wte.embedding.T if self.config.weight_tying else self.ff_out.kernel
 
     def __call__(

@@ -74,6 +74,7 @@ def chunked_logps(
 
 def _shards(axis: str) -> int:
     """The number of parts into which the current mesh splits a logical axis; 1 without a mesh."""
-    names = nn.logical_to_mesh_axes((axis,))[0] if nn.get_logical_axis_rules() else None
+    spec = nn.logical_to_mesh_axes((axis,)) if nn.get_logical_axis_rules() else None
+    names = spec[0] if spec else None
     names = (names,) if isinstance(names, str) else names or ()
     return math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in names)

@@ -56,7 +56,7 @@ def splash_attend(query, key, value, queries_of, keys_of, *, platform: str, kind
         # Rows are padded to a multiple of the shards: the last batch of a generation may have any
         # number of rows.
         shape = jax.sharding.get_abstract_mesh().shape
-        padding = -rows % math.prod(shape[axis] for axis in ids[0])
+        padding = -rows % math.prod(shape[axis] for axis in (ids or ((),))[0])
         # check_vma=False: the outputs of the kernel do not say over which mesh axes they vary.
         local = jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)
 

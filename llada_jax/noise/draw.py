@@ -51,8 +51,11 @@ def draw_row(
     )
     masked, inverse = MASKS[scheme.masks].draw(scores, t, segments, scheme.eps)
     masked = masked & response_mask
-    of_tokens = (jax.vmap(per_token, (0, None))(x, segments) for x in (inverse, ratio, expected))
-    draws = Draws(masked, *of_tokens, segments, jnp.asarray(scheme._independent()))
+    inverse, ratio, expected = (
+        jax.vmap(per_token, (0, None))(x, segments) for x in (inverse, ratio, expected)
+    )
+    independent = jnp.asarray(scheme.independent())
+    draws = Draws(masked, inverse, ratio, expected, segments, independent)
     weights = WEIGHTS[scheme.weights].weigh(draws, scheme.pseudo_count)
     return Noise(masked, weights)
 

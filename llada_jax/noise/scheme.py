@@ -75,7 +75,7 @@ class Scheme:
                 f"weights={self.weights!r} divides by ratios, "
                 f"which may be 0 for times={self.times!r}: use other times"
             )
-        if weights.independent and not self._independent().any():
+        if weights.independent and not self.independent().any():
             raise ValueError(
                 f"weights={self.weights!r} needs independent draws; "
                 f"n_t={self.n_t} times with masks={self.masks!r} have none: "
@@ -92,7 +92,7 @@ class Scheme:
         """Whether the expectation of the estimate may differ from the ELBO."""
         return TIMES[self.times].biased or WEIGHTS[self.weights].biased or self.eps > 0
 
-    def _independent(self) -> np.ndarray:
+    def independent(self) -> np.ndarray:
         """[n, n]: 1 where two draws have different times, and masks independent given the times."""
         draw = np.arange(self.n)
         block, time = draw // (MASKS[self.masks].block or self.n), draw // self.n_yt

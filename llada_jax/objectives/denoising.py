@@ -87,8 +87,10 @@ def crop(batch: Batch, settings: Pretraining) -> Batch:
         return jnp.where(jax.random.uniform(chance) < settings.crop_probability, cut, length)
 
     kept = jnp.arange(length) < jax.vmap(row_length)(keys)[:, None]
-    return batch.replace(
-        segment_ids=jnp.where(kept, batch.segment_ids, 0), response_mask=batch.response_mask & kept
+    return dataclasses.replace(
+        batch,
+        segment_ids=jnp.where(kept, batch.segment_ids, 0),
+        response_mask=batch.response_mask & kept,
     )
 
 

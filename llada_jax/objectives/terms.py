@@ -32,13 +32,13 @@ def model_terms(
         # Make the draws of a row neighbouring rows, so that each matrix product has one axis of
         # positions. With two axes, XLA's CPU backend would transpose for the gradient. Rows stay
         # outermost because they are sharded.
-        arrays = [
+        rows = [
             jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
             if by_draw
             else jnp.repeat(x, count, axis=0)
             for x, by_draw in zip(arrays, batched[1:], strict=True)
         ]
-        found = logps(params, *arrays)
+        found = logps(params, *rows)
         return jnp.swapaxes(found.reshape(-1, count, *found.shape[1:]), 0, 1), True
 
     vmapped = jax.custom_batching.custom_vmap(logps)

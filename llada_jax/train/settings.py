@@ -219,25 +219,23 @@ def describe_keys(c: ConfigDict | None = None) -> str:
 
     Without a config, it has the keys of all objectives with their defaults.
     """
-    lines = ["keys of a config (--config.NAME=VALUE):"]
-    if c is not None:
-        chosen = [_objective(c.objective)]
-    else:
-        chosen = list(OBJECTIVES.values())
-        lines[0] = "keys of a config and their defaults (--config.NAME=VALUE):"
-    done = set()
-    for known in chosen:
-        for name, classes in [("", (Run,)), *_sections(known)]:
-            if (name, classes) in done:
-                continue
-            done.add((name, classes))
-            of = f"  ({', '.join(o.name for o in chosen if o.Settings in classes)})"
-            lines += ["", f"{name or 'top'}{of if name == known.section and c is None else ''}"]
-            for key, default, comment in config.keys(*classes):
-                value = default if c is None else (c[name] if name else c)[key]
-                value = value.to_dict() if isinstance(value, ConfigDict) else value
-                path = f"{name}.{key}" if name else key
-                lines.append(f"  {f'{path}={value!r}':<38}  {comment}".rstrip())
+    chosen = list(OBJECTIVES.values()) if c is None else [_objective(c.objective)]
+    what = "their defaults" if c is None else "their values"
+    lines = [f"keys of a config and {what} (--config.NAME=VALUE):"]
+    known: dict[tuple, list[str]] = {("", (Run,)): []}
+    for objective in sorted(chosen, key=lambda o: o.section):
+        for name, classes in _sections(objective):
+            known.setdefault((name, classes), []).append(objective.name)
+    own = {objective.section for objective in chosen}
+    # The sections that belong to one objective stand last.
+    for (name, classes), names in sorted(known.items(), key=lambda item: item[0][0] in own):
+        of = f"  ({', '.join(names)})" if name in own and c is None else ""
+        lines += ["", f"{name or 'top'}{of}"]
+        for key, default, comment in config.keys(*classes):
+            value = default if c is None else (c[name] if name else c)[key]
+            value = value.to_dict() if isinstance(value, ConfigDict) else value
+            path = f"{name}.{key}" if name else key
+            lines.append(f"  {f'{path}={value!r}':<38}  {comment}".rstrip())
     return "\n".join(lines)
 
 

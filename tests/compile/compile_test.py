@@ -140,8 +140,7 @@ def test_the_gradient_crosses_slices_once(topology):
     """By hand: of every float32 parameter each chip sends the part of its slice that it holds, and little else."""
     from configs import base
 
-    c = base.get_config()
-    c.objective, c.model.dtype = "sft", "float32"
+    c = base.get_config("sft")
     c.model.arch = dict(
         d_model=256, n_heads=4, n_layers=2, mlp_hidden_size=512, vocab_size=1024, mask_token_id=3
     )
@@ -159,8 +158,8 @@ def test_the_gradient_crosses_slices_once(topology):
         found["implied_seconds"]["between slices"] == pytest.approx(took)
         and found["binds"] == "between slices"
     )
-    lines = summary.lines(found)
-    assert "8 x TPU v5e (2 slices of v5e:2x2)" in lines and "\nbetween slices  " in lines
+    text = summary.as_text(found)
+    assert "8 x TPU v5e (2 slices of v5e:2x2)" in text and "\nbetween slices  " in text
 
 
 @pytest.mark.parametrize("name", ["v9:2x2", "v5p", "v5p:2by2", "H100:2x2"])
