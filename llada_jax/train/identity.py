@@ -22,11 +22,13 @@ def of(plan: Experiment, reference: str) -> dict[str, Any]:
     }
 
 
-def check(plan: Experiment, mine: Mapping[str, Any], recorded: Mapping[str, Any] | None) -> str:
-    """Compares a run's identity with that of its checkpoint; returns a line to print, or "".
+def check(
+    mine: Mapping[str, Any], recorded: Mapping[str, Any] | None, *, settings: type, workdir: Any
+) -> str:
+    """Compares the identity of an experiment with the one in its checkpoint.
 
-    A setting that the checkpoint does not name counts as its default. Raises ValueError, which
-    names the values, if the two differ.
+    `settings` is the class of the objective's settings: if the checkpoint does not name a setting,
+    it had its default then. Returns a line to print, or "". Raises ValueError if a value differs.
     """
     if recorded is None:
         return "the checkpoint records no settings: nothing of them is compared"
@@ -37,7 +39,7 @@ def check(plan: Experiment, mine: Mapping[str, Any], recorded: Mapping[str, Any]
     ]
     note = ""
     if "settings" in recorded:
-        defaults = config.identity(plan.objective.Settings())
+        defaults = config.identity(settings())
         then, now = recorded["settings"], mine["settings"]
         changed += [
             f"{name}={then.get(name, defaults.get(name))!r}, which is {now.get(name)!r} now"
@@ -50,7 +52,7 @@ def check(plan: Experiment, mine: Mapping[str, Any], recorded: Mapping[str, Any]
         )
     if changed:
         raise ValueError(
-            f"{plan.workdir} was trained with other settings: {'; '.join(changed)}. Go on with the "
+            f"{workdir} was trained with other settings: {'; '.join(changed)}. Go on with the "
             "old config and files, or give another --workdir"
         )
     return note

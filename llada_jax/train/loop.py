@@ -70,10 +70,15 @@ class Run:
         )
         self.reference = Policy(plan, shardings.params, stop)
         self.identity = identity.of(plan, self.reference.fingerprint)
-        if restored is not None and (
-            note := identity.check(plan, self.identity, extra.get("identity"))
-        ):
-            hosts.say(note)
+        if restored is not None:
+            note = identity.check(
+                self.identity,
+                extra.get("identity"),
+                settings=plan.objective.Settings,
+                workdir=plan.workdir,
+            )
+            if note:
+                hosts.say(note)
         steps_left = max(plan.num_steps - self.start, 0)
         self.reference.compute_terms(self.loader.next_index + steps_left * plan.data.batch_rows)
         self.update = jit_update(plan, shardings)
