@@ -64,9 +64,7 @@ class Linear(nn.Module):
     def setup(self):
         """Declares the kernel."""
         init = nn.with_logical_partitioning(nn.initializers.normal(self.std), self.axes)
-        self.kernel: Any = self.param(
-            "kernel", init, (self.inputs, self.outputs), self.param_dtype
-        )
+        self.kernel: Any = self.param("kernel", init, (self.inputs, self.outputs), self.param_dtype)
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
         """Applies the layer to the last axis."""
