@@ -4,13 +4,13 @@ import json
 import os
 import pathlib
 
-# Tests compile far longer than they run: LLVM is told not to optimise.
+# Tests compile far longer than they run, so LLVM is told not to optimise.
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} {FLAGS} --xla_llvm_disable_expensive_passes=true"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["PJRT_NPROC"] = "64"  # as distributed.initialize would
+os.environ["PJRT_NPROC"] = "64"  # as parallel.hosts.initialize would
 
 import jax
 import pytest

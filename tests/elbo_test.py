@@ -24,7 +24,7 @@ SCHEMES = [
 
 
 def counting_logits(tokens):
-    """log p of the token 2 at a position is linear in the number of masks: the ELBO has a closed form."""
+    """log p of token 2 is linear in the number of masks, so the ELBO has a closed form."""
     masks = jnp.sum(tokens == MASK, axis=-1, keepdims=True)
     target = -0.3 * masks - 0.1 * jnp.arange(tokens.shape[-1])
     # Two tokens with probabilities p and 1 - p, the rest none.
@@ -38,14 +38,14 @@ def tiny():
         d_model=16, n_heads=2, n_layers=2, vocab_size=8, mask_token_id=MASK, mlp_hidden_size=24
     )
     model = LLaDA(config)
-    params = jax.tree.map(
-        lambda x: 8 * x, model.init(jax.random.key(1), TOKENS)["params"]
-    )  # large weights: the terms differ between masks
+    # Large weights, so that the terms differ between masks.
+    params = jax.tree.map(lambda x: 8 * x, model.init(jax.random.key(1), TOKENS)["params"])
     return jax.jit(lambda tokens: model.apply({"params": params}, tokens))
 
 
 def test_exact_elbo_matches_the_closed_form():
-    # p_i depends on the count l alone: B = sum_l (1/L) (L/l) (l/L) sum_i log p_i(l), the mean over l of the sums.
+    # p_i depends on the count l only: B = sum_l (1/L) (L/l) (l/L) sum_i log p_i(l).
+    # This is the mean over l of the sums.
     tokens = jnp.full((2, 6), 2)
     for row, positions in enumerate(([1, 2, 3, 4], [2, 4, 5])):
         length = len(positions)
@@ -97,7 +97,7 @@ def test_estimates_are_unbiased(tiny, scheme, n_t, n_yt):
 
 
 def test_gradients_are_unbiased():
-    # The truth is the gradient of the enumerated ELBO; the weights carry over whatever they gain for the value.
+    # The truth is the gradient of the enumerated ELBO. Weights are constants in the gradient.
     def value(estimate, scale):
         def logits_fn(tokens):
             masks = jnp.sum(tokens == MASK, -1)[..., None, None]
@@ -136,9 +136,8 @@ def test_gradients_are_unbiased():
 
 def test_where_the_spread_of_the_terms_is_their_error():
     known = [s for s in SCHEMES if elbo.error_is_known(noise.Scheme(4, 2, **s))]
-    assert known == SCHEMES[:2] and not elbo.error_is_known(
-        noise.Scheme(1, 4)
-    )  # iid, exact or Bernoulli, plain
+    assert known == SCHEMES[:2]  # iid times, exact or Bernoulli masks, plain weights
+    assert not elbo.error_is_known(noise.Scheme(1, 4))
     for changed in (
         {"masks": "coupled"},
         {"masks": "cyclic"},
@@ -146,9 +145,8 @@ def test_where_the_spread_of_the_terms_is_their_error():
         {"weights": "leave_one_out"},
     ):
         assert not elbo.error_is_known(noise.Scheme(4, **changed))
-    assert elbo.error_is_known(
-        noise.Scheme(4, share_in_pair="masks")
-    )  # a score's draws are still independent
+    # The draws of one score are still independent.
+    assert elbo.error_is_known(noise.Scheme(4, share_in_pair="masks"))
 
 
 def test_one_time_has_no_standard_error(tiny):

@@ -45,7 +45,7 @@ def test_the_gradient_is_sigmoid_of_minus_the_score_times_beta():
 
 
 def test_the_robust_loss_averages_to_the_clean_one():
-    # Labels that are wrong with probability e: the expectation over the flip is the loss without smoothing.
+    # If labels are wrong with probability e, the expected robust loss is the plain loss.
     e, flipped = 0.2, [ELBOS[1], ELBOS[0], ELBOS[3], ELBOS[2]]
     right, _ = losses.preference_loss(*ELBOS, beta=BETA, kind="robust", label_smoothing=e)
     wrong, _ = losses.preference_loss(*flipped, beta=BETA, kind="robust", label_smoothing=e)
@@ -65,6 +65,16 @@ def test_the_robust_loss_averages_to_the_clean_one():
 def test_settings_without_a_meaning_are_one_line(settings, message):
     with pytest.raises(ValueError, match=message):
         losses.preference_loss(*ELBOS, **{"beta": BETA} | settings)
+
+
+def test_a_loss_registered_from_outside(monkeypatch):
+    linear = losses.PreferenceLoss(lambda s, beta, e: -(1 - 2 * e) * s, smooths_labels=True)
+    monkeypatch.setitem(losses.LOSSES, "linear", linear)
+    loss, metrics = losses.preference_loss(*ELBOS, beta=BETA, kind="linear", label_smoothing=0.1)
+    np.testing.assert_allclose(loss, -0.8 * SCORE, rtol=1e-5)
+    np.testing.assert_allclose(metrics["rewards/margins"], SCORE, rtol=1e-5)
+    with pytest.raises(ValueError, match="is not one of sigmoid, .*, linear$"):
+        losses.preference_loss(*ELBOS, beta=BETA, kind="square")
 
 
 def test_denoising_loss_is_per_token_and_zero_for_padding():

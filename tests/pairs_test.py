@@ -1,3 +1,5 @@
+"""Pairs: sampled responses, scored, and written as winners and losers."""
+
 import gzip
 import json
 
@@ -6,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import refusal, run_command
 
-from llada_jax import convert, files, pairs, sampling, tokenizer
+from llada_jax import convert, pairs, sampling, tokenizer
 from llada_jax.checkpoints import published
 from llada_jax.data.records import read_records
 from llada_jax.models.llada import LLaDA, ModelConfig
-from llada_jax.sampling.__main__ import TEMPLATES, main
+from llada_jax.sampling import __main__ as sampling_command
 from llada_jax.tasks import scorer as scorer_lib
 from llada_jax.tasks import sudoku
 from llada_jax.tokenizer import Tokenizer
@@ -33,7 +36,7 @@ class DigitTokenizer(Tokenizer):
 
 
 def random_digits(tokens, attention_mask):
-    """A model that draws digits and EOS alike, and leans to the last token of the prompt, here position 2."""
+    """All digits and EOS are equally likely, but the last token of the prompt (at 2) more so."""
     base = jnp.where(jnp.arange(13) < MASK, 0.0, -jnp.inf)
     return base + 1.0 * jax.nn.one_hot(tokens[:, 2:3], 13) + jnp.zeros((*tokens.shape, 1))
 
@@ -89,7 +92,8 @@ def test_pairs_hold_winner_and_loser_of_one_prompt():
 
 
 def test_counts_agree_with_the_samples():
-    # Truth: the same prompts sampled directly, scored by hand. Responses of one token: many are equal.
+    # Truth: the same prompts sampled directly and scored here. Responses have one token, so many
+    # are equal.
     prompts = [[BOS, 1, i] for i in range(6) for _ in range(8)]
     settings = {**SETTINGS, **dict(gen_length=1, block_length=1, steps=1)}
     tokens = sampling.sample_responses(
@@ -116,7 +120,7 @@ def test_choose_pairs_takes_all_combinations_and_no_more():
     scores = {"a": 2.0, "b": 1.0, "c": 1.0, "d": 0.0}
     chosen = pairs.choose_pairs(scores, 100, np.random.default_rng(0))
     assert sorted(chosen) == [("a", "b"), ("a", "c"), ("a", "d"), ("b", "d"), ("c", "d")]
-    # Every combination has the same chance: 5 of them in 2000 draws, within 4.5 standard errors of 400.
+    # All 5 combinations are equally likely: each is within 4.5 standard errors of 400 in 2000.
     rng = np.random.default_rng(0)
     first = [pairs.choose_pairs(scores, 1, rng)[0] for _ in range(2000)]
     assert all(abs(first.count(pair) - 400) < 4.5 * (2000 * 0.2 * 0.8) ** 0.5 for pair in chosen)
@@ -217,7 +221,7 @@ def test_cli_writes_a_preference_source(model_folder, tmp_path, capsys):
         "--batch_size=4",
         "--pairs_per_prompt=2",
     ]
-    pairs.main([*flags, f"--out={tmp_path / 'new' / 'pairs.jsonl.gz'}"])
+    assert run_command(pairs, *flags, f"--out={tmp_path / 'new' / 'pairs.jsonl.gz'}") == 0
     out = capsys.readouterr().out
     assert "5 prompts, 15 responses" in out and "mean score" in out and "sample 15/15" in out
     with gzip.open(tmp_path / "new" / "pairs.jsonl.gz", "rt") as lines:
@@ -234,37 +238,27 @@ def test_cli_writes_a_preference_source(model_folder, tmp_path, capsys):
 
     # A random model solves nothing: no contrast, no file.
     flags[2] = "--scorer=llada_jax.tasks.sudoku:score"
-    with pytest.raises(
-        SystemExit, match="error: .*100.0% of prompts without contrast, 0 pairs: nothing to prefer"
-    ):
-        pairs.main([*flags, f"--out={tmp_path / 'none.jsonl'}"])
     for change, message in (
+        ([], "100.0% of prompts without contrast, 0 pairs: nothing to prefer"),
         (["--temperature=0"], "--temperature=0 gives every sample"),
         (["--gen_length=64", "--block_length=64"], "exceed the model's 64"),
         (["--prompts=jsonl:nowhere.jsonl"], "nowhere.jsonl"),
         (["--model=nowhere"], "nowhere does not exist"),
     ):
-        with pytest.raises(SystemExit, match=f"error: .*{message}"):
-            pairs.main([*flags, *change, f"--out={tmp_path / 'none.jsonl'}"])
+        words = [*flags, *change, f"--out={tmp_path / 'none.jsonl'}"]
+        assert message in refusal(capsys, pairs, *words)
     assert not (tmp_path / "none.jsonl").exists()
 
 
-def test_write_jsonl(tmp_path):
-    records = [{"prompt": "é", "chosen": "\u2028x"}, {"prompt": "b"}]
-    files.write_jsonl(str(tmp_path / "a" / "b.jsonl"), records)
-    lines = (tmp_path / "a" / "b.jsonl").read_text().split("\n")
-    assert [json.loads(line) for line in lines[:-1]] == records and lines[-1] == ""
-
-
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("template", sampling_command.TEMPLATES)
 def test_sampling_cli_prints_a_response(model_folder, tmp_path, capsys, template):
-    run = tmp_path / "run"
-    convert.import_folder(model_folder, run)
+    ours = tmp_path / "ours"
+    convert.import_folder(model_folder, ours)
     # A checkpoint of ours keeps its tokenizer in model/.
-    path = {"chat": run, "plain": model_folder, "raw": run / "checkpoints" / "0"}[template]
+    path = {"chat": ours, "plain": model_folder, "raw": ours / "checkpoints" / "0"}[template]
     flags = ["--steps=1", "--gen_length=8", "--block_length=8", f"--template={template}"]
     flags += [f"--model={path}", "--prompt=123", "--prompt=4", "--logits_eos_inf"]
-    main(flags)
+    assert run_command(sampling_command, *flags) == 0
     assert len(capsys.readouterr().out.splitlines()) >= 2
-    with pytest.raises(SystemExit, match="error: steps=3 is not a positive multiple"):
-        main([*flags, "--block_length=4", "--steps=3"])
+    error = refusal(capsys, sampling_command, *flags, "--block_length=4", "--steps=3")
+    assert error.startswith("error: steps=3 is not a positive multiple")

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import tokenizers as hf
+from helpers import refusal, run_command
 from sentencepiece import sentencepiece_model_pb2
 
 from llada_jax import tokenizer
@@ -78,7 +79,7 @@ def test_text_that_looks_special_does_not_become_special(both):
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "json"])
 def test_special_tokens_of_another_type_are_not_matched_either(kind, trained, tmp_path):
-    """A file may hold them as user-defined pieces, or as added tokens that are not called special."""
+    """A file may have them as user-defined pieces, or as added tokens not marked special."""
     if kind == "json":
         t = tokenizer.load(write_json(tmp_path, special=False))
     else:
@@ -134,7 +135,7 @@ def test_chat_template(both):
 
 
 def test_chat_template_is_the_rendered_text(tmp_path):
-    """Second route: the template as a string, through the tokenizers package with special tokens on."""
+    """A second way: the tokenizers package encodes the template's text, special tokens included."""
     directory = write_json(tmp_path)
     reference = hf.Tokenizer.from_file(str(directory / "tokenizer.json"))
     reference.no_truncation()
@@ -222,12 +223,12 @@ def test_train_command(tmp_path, capsys):
         f.writelines(json.dumps({"text": line + "\nsecond line"}) + "\n" for line in CORPUS)
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": "more text here"}))
     arguments = ["train", f"--input=jsonl:{tmp_path}/*.jsonl*", f"--out={tmp_path}/out"]
-    tokenizer.main([*arguments, "--vocab_size=310"])
+    assert run_command(tokenizer, *arguments, "--vocab_size=310") == 0
     assert "310 ids" in capsys.readouterr().out
     assert tokenizer.load(tmp_path / "out").vocab_size == 310
-    with pytest.raises(SystemExit, match="error: vocab_size=100000 cannot be trained"):
-        tokenizer.main([*arguments, "--vocab_size=100000"])
-    with pytest.raises(SystemExit, match=r"a\.jsonl\.gz:1 is no JSON object with a field 'prose'"):
-        tokenizer.main([*arguments, "--field=prose"])
-    with pytest.raises(SystemExit, match="no file matches"):
-        tokenizer.main(["train", f"--input={tmp_path}/nothing*"])
+    for words, message in (
+        ([*arguments, "--vocab_size=100000"], "error: vocab_size=100000 cannot be trained"),
+        ([*arguments, "--field=prose"], "a.jsonl.gz:1 is no JSON object with a field 'prose'"),
+        (["train", f"--input={tmp_path}/nothing*"], "no file matches"),
+    ):
+        assert message in refusal(capsys, tokenizer, *words)

@@ -16,7 +16,7 @@ from llada_jax.noise.draw import draw_row, draw_rows
 from llada_jax.noise.keys import FORMAT, STREAMS, row_keys, stream_key
 from llada_jax.noise.masks import MASKS, MaskScheme
 from llada_jax.noise.scheme import SHARED, Scheme
-from llada_jax.noise.times import TIMES, TimeScheme
+from llada_jax.noise.times import TIMES, TimeScheme, stratified_times
 from llada_jax.noise.weights import WEIGHTS, WeightScheme
 
 __all__ = [
@@ -38,5 +38,6 @@ __all__ = [
     "of_segments",
     "per_token",
     "row_keys",
+    "stratified_times",
     "stream_key",
 ]

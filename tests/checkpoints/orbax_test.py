@@ -20,6 +20,9 @@ from jax.sharding import PartitionSpec as P
 from llada_jax.checkpoints import hashing, orbax
 from llada_jax.checkpoints.orbax import Checkpoints
 
+# Some tests start processes that import this file.
+IMPORTABLE = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+
 
 @flax.struct.dataclass
 class State:
@@ -63,12 +66,8 @@ def abstract(state, shardings):
 def assert_same_bits(found, wanted):
     assert jax.tree.structure(found) == jax.tree.structure(wanted)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        one, other = np.asarray(one), np.asarray(other)
-        assert (
-            one.dtype == other.dtype
-            and one.shape == other.shape
-            and one.tobytes() == other.tobytes()
-        )
+        a, b = np.asarray(one), np.asarray(other)
+        assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
 
 
 def save_steps(directory, *steps):
@@ -136,14 +135,9 @@ def test_fingerprint_sees_every_change(dtype):
     tree = {"a": values, "b": values.T.reshape(4, 6)}
     changed = [
         {"a": values.at[0, 0].set(jnp.asarray(1, dtype)), "b": tree["b"]},
-        {
-            "a": values.at[0, :2].set(values[0, 1::-1]),
-            "b": tree["b"],
-        },  # two elements of a row swapped
-        {
-            "a": values.at[:2, :2].set(values[:2, :2].T),
-            "b": tree["b"],
-        },  # two elements swapped across the diagonal
+        # Two elements swapped, in a row and across the diagonal.
+        {"a": values.at[0, :2].set(values[0, 1::-1]), "b": tree["b"]},
+        {"a": values.at[:2, :2].set(values[:2, :2].T), "b": tree["b"]},
         {"a": tree["b"], "b": tree["a"]},
         {"a": tree["a"].reshape(6, 4), "b": tree["b"]},
         {"a": tree["a"], "c": tree["b"]},
@@ -194,12 +188,8 @@ def test_a_save_survives_donation(tmp_path):
 
 def test_keeps_the_newest_steps(tmp_path):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
-        for step in (
-            1,
-            2,
-            3,
-            3,
-        ):  # the current step again does nothing: the last step of a run may be due twice
+        # To save the current step again does nothing: the last step of a run may be due twice.
+        for step in (1, 2, 3, 3):
             checkpoints.save(step, make_state(step), {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match="3 exists already"):
@@ -224,9 +214,8 @@ def test_damage_falls_back_to_the_step_before(tmp_path, damage, caplog):
             and "going on from step 2" in warnings[0]
         )
         assert "\n" not in warnings[0]
-        checkpoints.save(
-            3, make_state(33), {"next_index": 33}
-        )  # the run passes the damaged step again
+        # The run reaches the damaged step again.
+        checkpoints.save(3, make_state(33), {"next_index": 33})
     with Checkpoints(tmp_path) as checkpoints:
         state, extra = checkpoints.restore(abstract(make_state(), on_mesh(1, 8)))
     assert_same_bits(state, make_state(33))
@@ -269,18 +258,20 @@ def test_another_model_is_an_error_and_no_reason_to_fall_back(tmp_path):
 
 def test_a_killed_save_leaves_the_last_step(tmp_path):
     code = """if True:
-        import os, pathlib, signal, sys
-        sys.path.insert(0, sys.argv[1])
-        from tests.checkpoint_test import checkpoint, make_state
-        checkpoints = checkpoint.Checkpoints(sys.argv[2])
+        import os, signal, sys
+        from tests.checkpoints.orbax_test import Checkpoints, make_state
+        checkpoints = Checkpoints(sys.argv[1])
         checkpoints.save(1, make_state(1), {"next_index": 1})
         checkpoints.wait()
         checkpoints.save(2, make_state(2, width=8192), {"next_index": 2})
         os.kill(os.getpid(), signal.SIGKILL)
     """
-    root = str(ROOT)
     done = subprocess.run(
-        [sys.executable, "-c", code, root, str(tmp_path)], capture_output=True, text=True
+        [sys.executable, "-c", code, str(tmp_path)],
+        env={**os.environ, **IMPORTABLE},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert [path for path in tmp_path.iterdir() if path.name.startswith("2.")], (
@@ -317,40 +308,39 @@ def test_hosts_fall_back_together(tmp_path):
         import sys
         import jax, numpy as np
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
+        jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
         from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-        sys.path.insert(0, sys.argv[1])
-        from tests.checkpoint_test import checkpoint, make_state
+        from tests.checkpoints.orbax_test import abstract, hashing, make_state, orbax
         sharding = NamedSharding(Mesh(np.array(jax.devices()), ("fsdp",)), P("fsdp"))
-        wanted = {"params": make_state().opt_state}
-        wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), wanted)
-        record, lost = checkpoint._record, sys.argv[5:] == [sys.argv[3]]
+        def state(step):
+            return {"params": make_state(step).opt_state}
+        def part(x):
+            return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+        record, lost = orbax._record, sys.argv[4:] == [sys.argv[2]]
         def reading(path):
             if lost and path.name == "2":
-                raise checkpoint._Damaged("no record of its contents can be read")
+                raise orbax._Damaged("no record of its contents can be read")
             return record(path)
-        checkpoint._record = reading
-        with checkpoint.Checkpoints(sys.argv[4]) as checkpoints:
-            found = checkpoints.restore(wanted)
+        orbax._record = reading
+        with orbax.Checkpoints(sys.argv[3]) as checkpoints:
+            found = checkpoints.restore(abstract(state(0), lambda leaf: sharding))
             for step in (1, 2) if found is None else ():
-                whole = make_state(step).opt_state
-                parts = jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), whole)
-                checkpoints.save(step, {"params": parts}, {"next_index": step})
+                parts = jax.tree.map(part, state(step))
+                checkpoints.save(step, parts, {"next_index": step})
         if found:
-            same = checkpoint.fingerprint(found[0]) == checkpoint.fingerprint({"params": make_state(1).opt_state})
+            same = hashing.fingerprint(found[0]) == hashing.fingerprint(state(1))
             print("restored", found[1], same)
     """
-    root = str(ROOT)
 
     def run_two(*more):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
         commands = [
-            [sys.executable, "-c", code, root, address, str(host), str(tmp_path), *more]
+            [sys.executable, "-c", code, address, str(host), str(tmp_path), *more]
             for host in (0, 1)
         ]
-        environment = {**os.environ, "XLA_FLAGS": ""}  # one device a host
+        environment = {**os.environ, **IMPORTABLE, "XLA_FLAGS": ""}  # one device a host
         hosts = [
             subprocess.Popen(
                 c, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -368,9 +358,8 @@ def test_hosts_fall_back_together(tmp_path):
     run_two()
     one = "restored {'next_index': 1} True"
     assert all(one in out for out in run_two("1"))  # the second host alone cannot read the record
-    path, _ = file_with(
-        tmp_path / "2", make_state(2).opt_state[0]["nu"][256:]
-    )  # the second host's shard
+    # The shard of the second host.
+    path, _ = file_with(tmp_path / "2", make_state(2).opt_state[0]["nu"][256:])
     path.write_bytes(path.read_bytes()[:5000])
     assert all(one in out for out in run_two())
 
@@ -381,7 +370,7 @@ def test_hosts_fall_back_together(tmp_path):
 def test_hosts_that_see_different_steps_are_one_error(tmp_path, monkeypatch, saved, others, shown):
     save_steps(tmp_path, *saved)
     monkeypatch.setattr(
-        checkpoint.multihost_utils, "process_allgather", lambda mine: np.stack([mine, [others, 1]])
+        orbax.multihost_utils, "process_allgather", lambda mine: np.stack([mine, [others, 1]])
     )
     message = rf"the hosts see different checkpoints \(steps \[{shown}\].*--workdir"
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match=message) as error:

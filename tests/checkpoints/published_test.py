@@ -1,4 +1,4 @@
-"""Conversion against the authors' outputs, an independent float64 NumPy LLaDA, and itself there and back."""
+"""Published weights: the authors' outputs, a NumPy LLaDA in float64, and conversion both ways."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers import refusal, run_command
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors import safe_open
@@ -61,7 +62,7 @@ def numpy_weights(config, dtype=np.float32, seed=0):
 
 
 def numpy_llada(config, weights, tokens):
-    """Logits [length, rows of the embedding] of one row, in float64, after spec/llada.md and nothing else."""
+    """Logits [length, embedding_size] of one row in float64, written from spec/llada.md only."""
     w = {
         name.removeprefix("model.transformer.").removesuffix(".weight"): np.float64(x)
         for name, x in weights.items()
@@ -221,7 +222,7 @@ def test_shardings_place_the_parameters(tmp_path):
 
 
 def test_a_sharded_load_reads_each_slice_once_and_only_what_its_devices_hold(tmp_path, monkeypatch):
-    """Against the weights as written, cast; and the slices asked of safetensors, counted."""
+    """Compares with the weights that were written, and counts the slices that are read."""
     weights = numpy_weights(GQA)
     folder = write_folder(tmp_path / "hf", GQA, weights, 2)
     mesh = mesh_lib.make_mesh(2, 2, 1, jax.devices()[:4])  # each half of a matrix on two devices
@@ -258,15 +259,15 @@ def test_a_sharded_load_reads_each_slice_once_and_only_what_its_devices_hold(tmp
             return getattr(self.weights, name)
 
     monkeypatch.setattr(
-        convert, "safe_open", lambda *args, **kwargs: Weights(safe_open(*args, **kwargs))
+        published, "safe_open", lambda *args, **kwargs: Weights(safe_open(*args, **kwargs))
     )
     _, params = loading.load(folder, "bfloat16", shardings)
     for name, found in read.items():
         shape = weights[name].shape
         if len(shape) == 1:
             assert found == [shape], name
-        else:  # fsdp splits the axis of d_model: what comes out of these two, what goes into the others
-            out = "attn_out" in name or ".ff_out" in name and "blocks" in name
+        else:  # fsdp splits the axis of d_model: the outputs of these two, the inputs of others
+            out = "attn_out" in name or (".ff_out" in name and "blocks" in name)
             assert found == [(shape[0] // 2, shape[1]) if out else (shape[0], shape[1] // 2)] * 2, (
                 name
             )
@@ -290,7 +291,7 @@ def test_large_tensors_are_read_in_blocks(tmp_path, monkeypatch):
     weights = numpy_weights(GQA)
     folder = write_folder(tmp_path / "hf", GQA, weights)
     whole = loading.load(folder)[1]
-    monkeypatch.setattr(convert, "_BLOCK_BYTES", 700)  # five rows of d_model
+    monkeypatch.setattr(published, "_BLOCK_BYTES", 700)  # five rows of d_model
     jax.tree.map(np.testing.assert_array_equal, loading.load(folder)[1], whole)
 
 
@@ -369,29 +370,23 @@ def test_export_refuses(tmp_path):
 
 
 def test_import_and_export_by_command(tmp_path, capsys):
+    def run(*words):
+        assert run_command(convert, *map(str, words)) == 0
+
     weights = numpy_weights(GQA, ml_dtypes.bfloat16)
     folder = write_folder(tmp_path / "hf", GQA, weights, 2)
     (folder / "tokenizer.json").write_text("{}")
     (folder / "tokenizer_config.json").write_text('{"a": 1}')
-    assert convert.main(["import", str(folder), str(tmp_path / "ours")]) == 0
-    model, params = llada_jax.load(tmp_path / "ours")
+    run("import", folder, tmp_path / "ours")
+    model, _ = llada_jax.load(tmp_path / "ours")
     step_model, _ = llada_jax.load(tmp_path / "ours" / "checkpoints" / "0")
     assert model.config == step_model.config == ModelConfig(**GQA) and model.dtype == jnp.bfloat16
-    assert (
-        convert.main(
-            ["export", str(tmp_path / "ours"), str(tmp_path / "back"), "--max_shard_bytes=1.6e4"]
-        )
-        == 0
-    )
+    run("export", tmp_path / "ours", tmp_path / "back", "--max_shard_bytes=1.6e4")
     assert_same_weights(all_weights(tmp_path / "back"), weights)
     assert len(list((tmp_path / "back").glob("*.safetensors"))) > 2
     assert (tmp_path / "back" / "tokenizer_config.json").read_text() == '{"a": 1}'
-    assert (
-        convert.main(["export", str(tmp_path / "ours"), str(tmp_path / "f32"), "--dtype=float32"])
-        == 0
-    )
+    run("export", tmp_path / "ours", tmp_path / "f32", "--dtype=float32")
     assert all_weights(tmp_path / "f32")["model.transformer.ln_f.weight"].dtype == np.float32
-    capsys.readouterr()
     for arguments in (
         ["import", tmp_path / "nowhere", tmp_path / "x"],
         ["import", tmp_path / "ours", tmp_path / "x"],
@@ -400,19 +395,18 @@ def test_import_and_export_by_command(tmp_path, capsys):
         ["export", tmp_path / "ours" / "checkpoints" / "7", tmp_path / "x"],
         ["export", tmp_path / "ours", folder],
     ):
-        assert convert.main([str(argument) for argument in arguments]) == 1
-        assert capsys.readouterr().err.startswith("error: ") and not (tmp_path / "x").exists()
+        error = refusal(capsys, convert, *map(str, arguments))
+        assert error.startswith("error: ") and not (tmp_path / "x").exists()
 
 
 def test_the_module_runs_on_the_cpu(tmp_path):
     folder = write_folder(tmp_path / "hf", GQA, numpy_weights(GQA))
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cuda"
-    }  # which is not here: asking for its devices is an error
+    # There is no such platform here: to ask for its devices is an error.
+    environment = os.environ | {"JAX_PLATFORMS": "cuda"}
 
     def run(*arguments):
         command = [sys.executable, "-m", "llada_jax.convert", *map(str, arguments)]
-        return subprocess.run(command, env=environment, capture_output=True, text=True)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
     assert run("import", folder, tmp_path / "ours").returncode == 0
     done = run("export", tmp_path / "nowhere", tmp_path / "x")

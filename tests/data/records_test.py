@@ -225,10 +225,12 @@ def test_python_source():
         identity(source + "?count=3") == identity(source) == identity(source + "?count=9", limit=3)
     )
     assert identity(source + "?start=1") != identity(source)
-    for bad in (f"{__name__}:nothing", "no_such_module:f", __name__):
-        with pytest.raises(
-            ValueError, match=r"data source python:.*; write python:module:function"
-        ):
+    for bad, message in (
+        (f"{__name__}:nothing", "has no function nothing"),
+        ("no_such_module:f", "No module named 'no_such_module'; it must be importable from here"),
+        (__name__, "is not of the form module:function"),
+    ):
+        with pytest.raises(ValueError, match=rf"^data source python: '{bad}'.* {message}$"):
             identity(f"python:{bad}")
 
 

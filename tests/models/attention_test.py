@@ -1,4 +1,4 @@
-"""Attention: every implementation is plain attention over segments, and "auto" says what it chose and why."""
+"""Attention: every implementation agrees with plain attention, and "auto" says why it chose one."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def make_inputs(draws=3):
 
 
 def outputs_and_gradients(implementation, inputs, **kwargs):
-    """Under a vmapped axis of draws whose segments and masks are shared: a caller may vmap the model."""
+    """The inputs have a vmapped axis of draws, which share segments and masks."""
 
     def attend(*x):
         one = lambda *x: attention.attend(*x, implementation=implementation, **kwargs)
@@ -67,7 +67,7 @@ def test_attention_in_query_blocks_is_attention(monkeypatch, with_mask, with_seg
 
 
 def test_splash_is_xla():
-    """The Pallas kernel, interpreted on a CPU: packed rows, a key mask, fewer key heads, vmapped draws."""
+    """The Pallas kernel, interpreted: packed rows, a key mask, fewer key heads, vmapped draws."""
     kwargs = {
         "segment_ids": jnp.asarray(SEGMENTS),
         "attention_mask": jnp.broadcast_to(jnp.asarray(SEEN), SEGMENTS.shape),
@@ -83,7 +83,7 @@ def test_splash_is_xla():
 
 @pytest.mark.parametrize("rows, axes", [(4, ("data", "fsdp")), (3, None)])
 def test_splash_under_a_mesh_is_xla(rows, axes):
-    """Rows over data and fsdp, heads over tensor: each device runs the kernel on its own; rows need not divide."""
+    """Rows over data and fsdp, heads over tensor. Three rows do not divide over the devices."""
     inputs = [jnp.concatenate([x, x[:, ::-1]], axis=1)[:, :rows] for x in make_inputs(1)]
     segments = jnp.concatenate([SEGMENTS, SEGMENTS[::-1]])[:rows]
     expected = outputs_and_gradients("xla", inputs, segment_ids=segments)
@@ -113,7 +113,7 @@ def test_a_model_for_splash_is_made_like_any():
 
 
 def test_cudnn_is_wired_like_xla(monkeypatch):
-    """Vmapped draws become rows, gradients come back: with the kernel itself (which needs a GPU) replaced by XLA's."""
+    """With XLA's attention in place of the kernel, which needs a GPU: draws become rows."""
     plain, rows = jax.nn.dot_product_attention, set()
 
     def kernel(query, *rest, implementation, **kwargs):

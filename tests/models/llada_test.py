@@ -21,9 +21,15 @@ CONFIG = ModelConfig(
     mlp_hidden_size=48,
 )
 PUBLISHED_8B = {
-    "d_model": 4096, "n_heads": 32, "n_kv_heads": 32, "n_layers": 32, "mlp_hidden_size": 12288, "vocab_size": 126464,
-    "embedding_size": 126464, "mask_token_id": 126336,
-}  # fmt: skip
+    "d_model": 4096,
+    "n_heads": 32,
+    "n_kv_heads": 32,
+    "n_layers": 32,
+    "mlp_hidden_size": 12288,
+    "vocab_size": 126464,
+    "embedding_size": 126464,
+    "mask_token_id": 126336,
+}
 
 
 @pytest.fixture(scope="module")
@@ -139,10 +145,8 @@ def test_published_size_and_flops():
 
 def test_config_round_trip_and_defaults():
     assert ModelConfig.from_dict(CONFIG.to_dict()) == CONFIG
-    minimal = ModelConfig.from_dict(
-        {"d_model": 64, "n_heads": 4, "n_layers": 1, "vocab_size": 10, "mask_token_id": 9, "mlp_ratio": 2,
-         "multi_query_attention": True}
-    )  # fmt: skip
+    sizes = {"d_model": 64, "n_heads": 4, "n_layers": 1, "vocab_size": 10, "mask_token_id": 9}
+    minimal = ModelConfig.from_dict({**sizes, "mlp_ratio": 2, "multi_query_attention": True})
     assert (minimal.n_kv_heads, minimal.mlp_hidden_size, minimal.embedding_size) == (1, 128, 10)
 
 

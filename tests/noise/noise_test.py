@@ -1,7 +1,6 @@
-"""Masks and weights: counts, independence, and that noise is a function of seed, stream, row, epoch and draw."""
+"""Masks and weights: counts, bias, and what noise depends on (seed, stream, row, epoch, draw)."""
 
 import functools
-import pathlib
 import re
 from math import comb
 
@@ -42,7 +41,7 @@ def test_only_responses_are_masked_and_padding_never(many, masks):
 def test_exact_counts_are_uniform_and_weigh_length_over_count(many):
     drawn = many["exact"]
     for segment, length in ((1, 3), (2, 5)):
-        inside = np.asarray(SEGMENTS == segment)
+        inside = np.asarray(segment == SEGMENTS)
         counts = np.asarray(drawn.masked[..., inside].sum(-1))
         assert counts.min() == 1 and counts.max() == length
         shares = np.bincount(counts.ravel(), minlength=length + 1)[1:] / counts.size
@@ -100,9 +99,10 @@ COMBINATIONS = [
 
 
 def assert_expected_weights(scheme):
-    """The weight that token i gets with the mask m is 1 / (l C(L, l)) on average: unbiased for any model, any gradient.
+    """Checks that token i has the mean weight 1 / (l C(L, l)) under each mask m of size l.
 
-    The ELBO is the sum of that times log p_i(m) over all m and i in m (equation 14).
+    The ELBO is the sum of this weight times log p_i(m) over all m and all i in m (equation 14). So
+    the estimate is unbiased for every model, and so is its gradient.
     """
     rows, length = 12_000, 4
     layout = jnp.tile(jnp.array([1, 1, 1, 1, 1, 2, 2, 2, 2, 0]), (rows, 1))
@@ -135,18 +135,17 @@ def test_expected_weights_are_those_of_the_exact_elbo(scheme):
     assert_expected_weights(noise.Scheme(n_t=8 if scheme["times"] == "official" else 3, **scheme))
 
 
-def test_the_readmes_scheme_of_your_own_is_unbiased(monkeypatch):
-    monkeypatch.setattr(noise, "TIMES", dict(noise.TIMES))
-    readme = (ROOT / "README.md").read_text()
-    (example,) = (
-        code
-        for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-        if "noise.TIMES[" in code
-    )
-    before = set(noise.TIMES)
-    exec(example, {})
-    (name,) = set(noise.TIMES) - before
-    assert_expected_weights(noise.Scheme(n_t=3, times=name))
+def test_the_documented_scheme_of_your_own_is_unbiased():
+    text = (ROOT / "docs" / "estimators.md").read_text().partition("\n## Add one\n")[2]
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    before = dict(noise.TIMES)
+    try:
+        exec(example, {})
+        (name,) = set(noise.TIMES) - set(before)
+        assert_expected_weights(noise.Scheme(n_t=3, times=name))
+    finally:
+        noise.TIMES.clear()
+        noise.TIMES.update(before)
 
 
 @pytest.mark.parametrize("times", noise.TIMES)

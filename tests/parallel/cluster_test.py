@@ -1,8 +1,7 @@
-"""Several processes on this machine: they take the steps of one, continue each other's runs, and end together."""
+"""Several processes on this machine: same steps as one process, same runs, one end."""
 
 import contextlib
 import json
-import pathlib
 import signal
 import subprocess
 import sys
@@ -15,8 +14,7 @@ from helpers import ROOT
 from configs import base
 from llada_jax import metrics
 from llada_jax.tasks import sudoku
-from llada_jax.train import experiment, loop
-from llada_jax.train.loop import STOPPED
+from llada_jax.train import STOPPED, make_plan, train
 
 LAUNCHER = [sys.executable, str(ROOT / "launch" / "local_cluster.py")]
 NUM_STEPS = 8
@@ -24,7 +22,10 @@ NUM_STEPS = 8
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """A config file, and its changes of configs/base.py: VRPO with a cached reference, rows of one to three pairs."""
+    """A config file, and its changes of configs/base.py.
+
+    VRPO with a cached reference; a row has one to three pairs.
+    """
     directory = tmp_path_factory.mktemp("config")
     with (directory / "pairs.jsonl").open("w") as f:
         for n, r in zip([16, 9, 5, 8] * 15, sudoku.records(60, seed=2), strict=True):
@@ -51,8 +52,13 @@ def config(tmp_path_factory):
         "checkpoint.every": 100,
         "eval.n_t": 2,
     }
-    text = f"c = base.get_config()\n    c.update_from_flattened_dict({changes!r})\n    return c\n"
-    (directory / "config.py").write_text(f"from configs import base\ndef get_config():\n    {text}")
+    text = f"""from configs import base
+def get_config():
+    c = base.get_config("vrpo")
+    c.update_from_flattened_dict({changes!r})
+    return c
+"""
+    (directory / "config.py").write_text(text)
     return directory / "config.py", changes
 
 
@@ -81,9 +87,9 @@ def trainer(config, workdir, **changes):
 
 def run_here(config, workdir):
     """One process with eight devices: this one."""
-    c = base.get_config()
+    c = base.get_config("vrpo")
     c.update_from_flattened_dict(config[1])
-    return loop.train(experiment.make_plan(c, workdir))
+    return train(make_plan(c, workdir))
 
 
 def lines(workdir):
@@ -124,7 +130,8 @@ def whole(config, tmp_path_factory):
 
 @pytest.mark.slow
 def test_two_processes_take_the_steps_of_one_and_one_goes_on_with_them(config, whole, tmp_path):
-    # A row seen twice, or missed, would give another loss at some step: rows and their noise are all a loss depends on.
+    # The loss of a step depends only on its rows and their noise. If a row were missed or used
+    # twice, some step would have another loss.
     with cluster(*trainer(config, tmp_path, parallelism="pmap")) as process:
         until = time.monotonic() + 300
         while not lines(tmp_path) or lines(tmp_path)[-1]["step"] < 3:
@@ -161,7 +168,7 @@ def test_two_processes_go_on_with_the_run_of_one(config, whole, tmp_path, monkey
 
 def test_bad_input_is_one_line(config, tmp_path):
     with cluster(*trainer(config, tmp_path, **{"mesh.tensor": 3})) as process:
-        said, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and "Traceback" not in errors
     assert (
         "its last lines:\n    error: mesh sizes data=-1, fsdp=1, tensor=3 do not fit 8 devices"
@@ -171,8 +178,8 @@ def test_bad_input_is_one_line(config, tmp_path):
 
 WAITING = """
 import os, signal
-from llada_jax import distributed
-distributed.initialize()
+from llada_jax.parallel import hosts
+hosts.initialize()
 import jax
 from jax.experimental import multihost_utils
 multihost_utils.sync_global_devices("start")

@@ -11,19 +11,28 @@ import pytest
 
 from llada_jax.parallel import hosts
 
-CLEAN = (
-    "JAX_COORDINATOR_ADDRESS JAX_NUM_PROCESSES JAX_PROCESS_ID SLURM_STEP_NODELIST SLURM_PROCID SLURM_NTASKS "
-    "OMPI_MCA_orte_hnp_uri OMPI_COMM_WORLD_SIZE TPU_PROCESS_ADDRESSES TPU_WORKER_HOSTNAMES MEGASCALE_NUM_SLICES"
-).split()
+CLEAN = [
+    "JAX_COORDINATOR_ADDRESS",
+    "JAX_NUM_PROCESSES",
+    "JAX_PROCESS_ID",
+    "SLURM_STEP_NODELIST",
+    "SLURM_PROCID",
+    "SLURM_NTASKS",
+    "OMPI_MCA_orte_hnp_uri",
+    "OMPI_COMM_WORLD_SIZE",
+    "TPU_PROCESS_ADDRESSES",
+    "TPU_WORKER_HOSTNAMES",
+    "MEGASCALE_NUM_SLICES",
+]
 
 
 @pytest.fixture
 def called(monkeypatch):
-    """The arguments that each call hands to jax.distributed.initialize, in an environment that offers nothing."""
+    """What each call gives to jax.distributed.initialize; the environment is empty at first."""
     for name in CLEAN:
         monkeypatch.delenv(name, raising=False)
     calls = []
-    monkeypatch.setattr(distributed, "_join", lambda **settings: calls.append(settings))
+    monkeypatch.setattr(hosts, "_join", lambda **settings: calls.append(settings))
     return calls
 
 
@@ -76,10 +85,8 @@ def test_flags_go_before_the_environment(called, monkeypatch):
     "environment, joins",
     [
         ({"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, True),
-        (
-            {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"},
-            False,
-        ),  # in the batch script itself, not under srun
+        # In the batch script itself, not under srun.
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, False),
         ({"SLURM_STEP_NODELIST": "n1", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, False),
         ({"OMPI_MCA_orte_hnp_uri": "1.0;tcp://h:1", "OMPI_COMM_WORLD_SIZE": "4"}, True),
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
@@ -108,10 +115,8 @@ def tpu_vm(called, monkeypatch):
     "environment, joins",
     [
         ({}, True),
-        (
-            {"TPU_PROCESS_ADDRESSES": "local", "TPU_WORKER_HOSTNAMES": "localhost"},
-            False,
-        ),  # as Kaggle sets them
+        # As Kaggle sets them.
+        ({"TPU_PROCESS_ADDRESSES": "local", "TPU_WORKER_HOSTNAMES": "localhost"}, False),
         ({"TPU_SKIP_MDS_QUERY": "1"}, False),
         ({"JAX_PLATFORMS": "cpu"}, False),
     ],
@@ -124,16 +129,15 @@ def test_a_tpu_vm_may_be_in_a_pod(tpu_vm, monkeypatch, environment, joins):
 
 
 NO_POD = ValueError("coordinator_address should be defined.")
-NO_SERVER = ConnectionError(
-    "metadata.google.internal: name not known"
-)  # requests' errors are OSErrors too
+# A subclass of OSError, as the errors of requests are.
+NO_SERVER = ConnectionError("metadata.google.internal: name not known")
 
 
 def joining_raises(monkeypatch, error, connected=False):
     def join(**settings):
         raise error
 
-    monkeypatch.setattr(distributed, "_join", join)
+    monkeypatch.setattr(hosts, "_join", join)
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: connected)
 
 
@@ -177,12 +181,19 @@ def test_a_join_that_failed_is_one_line(tpu_vm, monkeypatch, error, connected, e
 
 def test_jax_itself_finds_no_pod_here():
     code = (
-        "from llada_jax import distributed; distributed._may_be_in_pod = lambda: True; distributed.initialize();"
+        "from llada_jax.parallel import hosts\n"
+        "hosts._may_be_in_pod = lambda: True\n"
+        "hosts.initialize()\n"
         "print('alone')"
     )
     environment = {name: value for name, value in os.environ.items() if name not in CLEAN}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.stdout == "alone\n" and "No TPU pod found" in done.stderr, done.stderr
 

@@ -1,3 +1,5 @@
+"""The sampler against plain loops and the authors' outputs, and the distribution of its draws."""
+
 import functools
 import json
 
@@ -8,6 +10,7 @@ import pytest
 from jax.tree_util import Partial
 
 from llada_jax import sampling
+from llada_jax.sampling import torch_ties
 
 V, MASK, EOS, EOT = 23, 22, 5, 6
 TABLE = np.random.default_rng(0).normal(size=(3, V, V)).astype(np.float32)
@@ -35,9 +38,9 @@ def toy_logits(tokens, attention_mask):
 
 
 def torch_topk(values, k):
-    """Positions of the k highest as torch.topk picks them on a CPU below 64 k: libstdc++'s std::nth_element, literally.
+    """Positions of the k highest values, as torch.topk picks them on a CPU for a row below 64 k.
 
-    Which of equal values come first is decided by its swaps.
+    A literal copy of libstdc++'s std::nth_element: its swaps decide which of equal values win.
     """
     order = list(range(len(values)))
     first, last = 0, len(values)
@@ -73,7 +76,7 @@ def torch_topk(values, k):
 def reference_generate(
     logits_fn, prompts, mask_id, steps, gen_length, block_length, cfg_scale=0.0, mask=None, **ends
 ):
-    """The published algorithm at temperature 0 with plain loops, from spec/llada.md; in float64 after the logits."""
+    """The published algorithm at temperature 0 (spec/llada.md): plain loops, in float64."""
     batch, start = prompts.shape
     x = np.concatenate([prompts, np.full((batch, gen_length), mask_id)], 1)
     prompt_index = x != mask_id
@@ -140,7 +143,8 @@ def test_agrees_with_plain_loops(run):
 
 
 def test_ties_fall_as_in_torch_on_a_cpu():
-    # Truth: the sequential algorithm (the golden run with confidence_eos_eot_inf, all of torch, agrees with it).
+    # Truth: the sequential algorithm. Torch agrees with it in the golden run with
+    # confidence_eos_eot_inf.
     rng = np.random.default_rng(0)
     for length in (5, 44):
         for levels in (1, 2, 4, 1000):
@@ -154,17 +158,16 @@ def test_ties_fall_as_in_torch_on_a_cpu():
 
 
 def test_ties_of_a_long_row_go_to_the_first():
-    # torch keeps a heap from 64 k on, which for k = 1 holds the first of the highest.
+    # If 64 k <= length, torch uses a heap; for k = 1 it keeps the first of the highest values.
     values = np.zeros((2, 128), np.float32)
     values[:, 77] = values[1, 30] = 1.0
     chosen = MOST_CONFIDENT(values, 1, 1)
     assert [list(np.flatnonzero(row)) for row in np.asarray(chosen)] == [[77], [30]]
-    np.testing.assert_array_equal(
-        MOST_CONFIDENT(values, 1, 2), chosen
-    )  # a step that commits one fewer
+    # A step that commits one token less than the largest number.
+    np.testing.assert_array_equal(MOST_CONFIDENT(values, 1, 2), chosen)
 
 
-MOST_CONFIDENT = jax.jit(sampling.most_confident, static_argnums=2)
+MOST_CONFIDENT = jax.jit(torch_ties.most_confident, static_argnums=2)
 
 
 def test_masks_in_the_prompt_are_filled_as_published():
@@ -209,8 +212,8 @@ def independent_logits(logits, tokens, attention_mask):
     "temperature, remasking, steps", [(0.5, "low_confidence", 1), (2.0, "random", 2)]
 )
 def test_temperature_draws_from_the_softmax(temperature, remasking, steps):
-    # Truth: closed form, softmax(logits / T); every frequency within 4.5 standard errors. (Confidence would prefer
-    # likely tokens if it could choose, so in one step.)
+    # Truth: softmax(logits / T), every frequency within 4.5 standard errors. With low_confidence
+    # there is one step, because a choice between tokens would prefer the likely ones.
     logits = jnp.array([0.3, 1.0, -0.7, 0.0, 0.5, -jnp.inf])
     tokens = sampling.generate(
         Partial(independent_logits, logits),
@@ -251,8 +254,9 @@ def test_key_decides_the_draw():
 
 
 def test_confidence_is_of_the_plain_logits():
-    # Position 0 has probabilities .9, .1, position 1 has .6, .4. Position 0 is the surer one if and only if its draw
-    # is token 0, which noise of temperature T draws with .9^(1/T) / (.9^(1/T) + .1^(1/T)).
+    # Position 0 has probabilities .9, .1 and position 1 has .6, .4. So position 0 is the more
+    # confident one if and only if its draw is token 0. At temperature T that has the probability
+    # .9^(1/T) / (.9^(1/T) + .1^(1/T)).
     temperature, share = 2.0, 0.75
     logits = jnp.log(jnp.array([[0.9, 0.1, 0.0, 0.0], [0.6, 0.4, 0.0, 0.0]]))
     second = jnp.log(jnp.array([0.0, 0.0, 1.0, 0.0]))  # what comes second is token 2
@@ -274,7 +278,7 @@ def test_confidence_is_of_the_plain_logits():
 
 
 def test_eos_and_eot_lose_their_confidence_at_any_temperature():
-    # The sure positions are EOS and EoT; without confidence they are the last, and token 9 is the first.
+    # EOS and EoT are the most confident. Without their confidence, token 9 is the first.
     logits = (
         jnp.full((6, V), -3.0)
         .at[jnp.arange(6), jnp.array([EOS, EOT, 9, EOS, EOT, 10])]
@@ -308,12 +312,12 @@ def test_eos_and_eot_lose_their_confidence_at_any_temperature():
 
 
 def test_random_remasking_commits_in_random_order():
-    # The first committed position of six, over 600 rows: uniform (chi-squared, 5 degrees of freedom, p = 1e-4: 25.7).
+    # The first committed position of six is uniform over 600 rows: chi-squared with 5 degrees of
+    # freedom, 25.7 at p = 1e-4.
     def fn(tokens, attention_mask):
         masked = (tokens == 7).sum(-1)
-        return 50.0 * jax.nn.one_hot(
-            jnp.broadcast_to(6 - masked[:, None], tokens.shape), 8
-        )  # token = order
+        order = jnp.broadcast_to(6 - masked[:, None], tokens.shape)
+        return 50.0 * jax.nn.one_hot(order, 8)  # each token tells when it was committed
 
     tokens = sampling.generate(
         fn,

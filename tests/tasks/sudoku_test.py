@@ -1,7 +1,7 @@
+"""4x4 Sudoku: the generator of puzzles and the score, against the rules written a second way."""
+
 import collections
-import gzip
 import itertools
-import json
 import time
 
 import pytest
@@ -138,19 +138,3 @@ def test_twenty_thousand_take_seconds():
     start = time.perf_counter()
     assert sum(sudoku.score(r, r["response"]) for r in sudoku.records(20000)) == 20000
     assert time.perf_counter() - start < 20
-
-
-def test_cli_writes_jsonl_and_gz(tmp_path, capsys):
-    for name, reader in (("a.jsonl", open), ("b.jsonl.gz", gzip.open)):
-        sudoku.main(
-            ["--count=20", "--seed=4", "--split=heldout", f"--out={tmp_path / 'new' / name}"]
-        )
-        with reader(tmp_path / "new" / name, "rt") as lines:
-            assert [json.loads(line) for line in lines] == list(
-                sudoku.records(20, seed=4, split="heldout")
-            )
-    assert "20 puzzles (heldout, seed 4)" in capsys.readouterr().out
-    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["a.jsonl", "b.jsonl.gz"]
-    with pytest.raises(SystemExit, match="error: clues_min=2"):
-        sudoku.main(["--clues_min=2", f"--out={tmp_path / 'c.jsonl'}"])
-    assert not (tmp_path / "c.jsonl").exists()

@@ -1,4 +1,4 @@
-"""The cached reference: stored by row, continued where it stopped, refused where it does not belong."""
+"""The reference cache: terms stored by row, continued after an interruption, never stale."""
 
 import itertools
 
@@ -19,13 +19,12 @@ def make(directory, identity="a", rows=ROWS):
 
 def batch(ids, epochs):
     zeros = np.zeros((len(ids), 2), np.int32)
-    return Batch(
-        zeros, zeros, zeros, zeros > 0, np.array(ids, np.int32), np.array(epochs, np.int32)
-    )
+    ids, epochs = np.array(ids, np.int32), np.array(epochs, np.int32)
+    return Batch(zeros, zeros, zeros, zeros > 0, ids, epochs, num_segments=S)
 
 
 class Terms:
-    """Terms that tell row and epoch, and how often they were asked for."""
+    """Terms that hold row and epoch; counts its calls."""
 
     def __init__(self, stop_after=None):
         self.calls, self.stop_after = 0, stop_after
