@@ -48,7 +48,8 @@ def elbo_terms(
 
     The sum is over the masked positions. `weights` has one number for each draw and example
     [n, b], or one for each token [n, b, l]. They are L / l in equation 15 and 1 / t in equation 13.
-    `logits_fn` gets all draws at once, flattened into the batch: draw j of example k is row j b + k.
+    `logits_fn` gets all draws at once, flattened into the batch: draw j of example k is row
+    j b + k.
     """
     masked = masked.astype(bool)
     if weights.ndim == 2:

@@ -9,7 +9,6 @@ import ast
 import importlib
 import importlib.util
 import os
-import pathlib
 import re
 import shlex
 import subprocess

@@ -1,4 +1,4 @@
-"""The benchmarks: what they measure is what train.py runs, and what they count is closed form or counted by hand."""
+"""The benchmarks measure the trainer's own step. Counts are closed forms or made by hand."""
 
 import dataclasses
 import json
@@ -65,7 +65,7 @@ def test_a_step_on_synthetic_rows(tmp_path, objective, changes, capsys):
     assert found["tokens_per_second"] == pytest.approx(8 * 24 / found["step_seconds"])
     assert found["mfu"] is None and "attention       xla" in capsys.readouterr().out
     if objective == "vrpo":
-        # At this rate the policy stays its reference, and random parameters know nothing of 60 tokens.
+        # At this rate the policy stays its reference. Random parameters know nothing of 60 tokens.
         assert found["loss"] == pytest.approx(np.log(2) + 0.05 * np.log(60), abs=0.01)
 
 
@@ -98,7 +98,7 @@ def test_utilisation_is_the_formula(monkeypatch, tmp_path):
 
 
 def test_memory_of_the_step_and_of_the_process():
-    """By hand: two arrays come, one goes where the first lay; devices count more, or nothing at all."""
+    """By hand: two arrays come, one takes the place of the first; devices may count more."""
     size = dict(
         argument_size_in_bytes=8,
         output_size_in_bytes=4,
@@ -118,7 +118,7 @@ def test_memory_of_the_step_and_of_the_process():
 
 
 def test_top_costs_of_a_profile(tmp_path, monkeypatch):
-    """Events as XLA names them, by hand: a GPU's streams add up; without an accelerator there is nothing to rank."""
+    """Events as XLA names them, by hand: the streams of a GPU add up; a CPU has none to rank."""
 
     def named(name, **fields):
         return type("X", (), {"name": name, **fields})
@@ -211,7 +211,7 @@ def beside_pytorch(tmp_path_factory):
 
 @pytest.mark.slow
 def test_pytorch_computes_the_same_loss_and_gradient(beside_pytorch):
-    """Our step on packed rows against the PyTorch loop on padded ones, at the same masks; the state is left alone."""
+    """Our step on packed rows against the PyTorch loop on padded ones, at the same masks."""
 
     torch_loop = load_torch_loop()
     before = jax.device_get(beside_pytorch[1].state)

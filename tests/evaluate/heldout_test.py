@@ -101,7 +101,8 @@ def test_elbo_per_token_approaches_the_exact_one(params, batch):
 def test_preference_metrics_are_means_over_pairs(params, batch):
     settings = Preference(beta=0.5, scheme=noise.Scheme(4))
     kwargs = {"model": MODEL, "settings": settings}
-    # Every term of the reference lower: winner and loser of row 0 by 2 and 1 nats, of row 1 by 1 and 4.
+    # Every term of the reference is lower: winner and loser of row 0 by 2 and 1 nats, of row 1 by
+    # 1 and 4.
     lower = np.array([[2, 1], [1, 4], [0, 0]], np.float32)
 
     @jax.jit
@@ -181,8 +182,14 @@ VRPO = {
 
 def plan_of(write, workdir, **changes):
     wrong = str.maketrans("1234", "2341")
-    records = [{"prompt": r["prompt"], "chosen": r["response"], "rejected": r["response"].translate(wrong)}
-               for r in sudoku.records(40, seed=2)]  # fmt: skip
+    records = [
+        {
+            "prompt": r["prompt"],
+            "chosen": r["response"],
+            "rejected": r["response"].translate(wrong),
+        }
+        for r in sudoku.records(40, seed=2)
+    ]
     config = config_of(VRPO | {"data.train": write(records), **changes})
     return make_plan(config, workdir)
 

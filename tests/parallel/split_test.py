@@ -44,7 +44,7 @@ TX = optax.chain(
 
 
 def batch_of(step):
-    """Two pairs in a row, one in every third, none in the last: devices hold unequal numbers of them."""
+    """Two pairs in a row, one in every third, none in the last: devices hold unequal numbers."""
     rng = np.random.default_rng(step)
     segment_ids = np.repeat(np.arange(1, SEGMENTS + 1), 6)[None].repeat(ROWS, 0)
     segment_ids[::3, 12:] = 0
@@ -145,7 +145,7 @@ SLOW = [
     CASES + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW],
 )
 def test_five_steps_are_those_of_one_device(kind, sizes, cached, accumulate):
-    """Truth: the same five updates on one device, the whole batch at once, the reference as parameters."""
+    """Truth: the same updates on one device, with the reference's parameters."""
     (found, params), (expected, expected_params) = (
         five_steps(kind, sizes, cached, accumulate),
         one_device(),
@@ -157,7 +157,7 @@ def test_five_steps_are_those_of_one_device(kind, sizes, cached, accumulate):
 
 
 def test_metrics_of_devices_are_those_of_all_rows():
-    """Truth: the same evaluation on the whole batch at once; Means of unequal counts, one of them empty."""
+    """Truth: the same evaluation on the whole batch. The counts are unequal, one is 0."""
     p = make("pmap", (8, 1, 1))
     batch = batch_of(0).replace(reference=terms_of(0))
     evaluate = functools.partial(heldout.heldout_metrics, objective=VRPO, **KWARGS)

@@ -134,7 +134,7 @@ def vrpo(sft, pairs):
 
 @pytest.fixture(scope="module")
 def vrpo_run(vrpo, tmp_path_factory):
-    """The workdir of a finished run of `vrpo`, and the models' worth of arrays in each of its updates."""
+    """The workdir of a finished run of `vrpo`, and how many models its updates hold in memory."""
     workdir = tmp_path_factory.mktemp("vrpo")
     with pytest.MonkeyPatch.context() as patch:
         copies = count_models(patch)
@@ -171,7 +171,7 @@ def assert_same_params(a, b):
 
 
 def count_models(patch):
-    """A list that gets, at each update, how many more arrays of an embedding's shape are alive than now."""
+    """A list that gets, at each update, how many arrays of an embedding's shape were made since."""
     gc.collect()
 
     def alive():
@@ -299,7 +299,8 @@ def test_a_cached_reference_takes_the_same_steps(vrpo, vrpo_run, tmp_path, monke
                 there["rewards/accuracies"],
             )  # rounding decides: policy and reference agree
         assert here == pytest.approx(there, rel=1e-4, abs=1e-5), here["step"]
-    # Embedding and head, each with its two moments, and once more those of the reference; saving adds some for a while.
+    # Embedding and head, each with its two moments; two more of the reference. A save adds some for
+    # a while.
     assert min(copies) == 6 and min(vrpo_run[1]) == 8
 
 
@@ -388,8 +389,8 @@ def test_a_run_that_is_stopped_in_every_way_takes_the_same_steps(
     sft, tmp_path, monkeypatch, capsys
 ):
     handler = signal.getsignal(signal.SIGTERM)
-    # A death before the first checkpoint; a signal during step 3, where an evaluation is due, and a death after that
-    # evaluation; a death between two steps; a signal during the last step.
+    # A death before the first checkpoint; a signal during step 3, where an evaluation is due, and a
+    # death after that evaluation; a death between two steps; a signal during the last step.
     for stop, after, at in (
         (die_after_evaluating, 0, 0),
         (stop_after, 2, 3),
@@ -420,7 +421,8 @@ def test_a_run_that_is_stopped_in_every_way_takes_the_same_steps(
 
 
 def test_a_signal_during_an_evaluation_is_obeyed(sft, tmp_path, monkeypatch, capsys):
-    # In the middle of the run, and again at the start of the next, which begins with the same evaluation.
+    # In the middle of the run, and again at the start of the next one, which begins with the same
+    # evaluation.
     for calls, said in (
         (2, f"stopped at step 3 of {NUM_STEPS}"),
         (1, "the evaluation at the start"),
@@ -577,7 +579,8 @@ def test_a_killed_process_continues_to_the_last_bit(vrpo, tmp_path, compiled_onc
 
 @pytest.mark.slow
 def test_the_quickstart_does_not_stall_on_eight_virtual_devices(tmp_path):
-    # Smaller models do not show it: with a thread a device, the collectives of XLA's CPU client wait for ever.
+    # With one thread a device, the collectives of XLA's CPU client wait for ever. Smaller models do
+    # not show it.
     environment = {name: value for name, value in os.environ.items() if name != "PJRT_NPROC"}
     environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
     changes = {"num_steps": 10, "optimizer.warmup_steps": 1, "solve.prompts": "", "vrpo.n_t": 4}

@@ -1,4 +1,4 @@
-"""Steps: golden scores, losses and gradients; splits and meshes that change nothing; memory that does not grow."""
+"""Steps: golden losses and gradients; splits that change nothing; memory that does not grow."""
 
 import dataclasses
 import functools
@@ -304,7 +304,7 @@ def test_memory_does_not_grow_with_the_budget():
 
 
 def test_no_logits_beyond_a_chunk():
-    """The compiled step has no float array as wide as the vocabulary but the head and the embedding themselves."""
+    """The compiled step has no float array of vocabulary width but the head and the embedding."""
     import re
 
     vocab, chunk, length = 509, 61, 64  # primes: no other product makes them
@@ -348,9 +348,11 @@ def test_sft_is_cross_entropy_over_p_and_answer_length(policy, batch):
     settings = Denoising()
     drawn = terms_lib.draw(batch, settings.scheme, seed=0, stream="policy")
     logits = MODEL.apply(
-        {"params": policy}, jnp.where(drawn.masked[0], 39, batch.tokens), segment_ids=batch.segment_ids,
+        {"params": policy},
+        jnp.where(drawn.masked[0], 39, batch.tokens),
+        segment_ids=batch.segment_ids,
         positions=batch.positions,
-    )  # fmt: skip
+    )
     ce = optax.softmax_cross_entropy_with_integer_labels(logits, batch.tokens)
     total, samples = 0.0, 0
     for r, segments in enumerate(LAYOUT):

@@ -24,6 +24,22 @@ from llada_jax.variance.measure import Run
 SUDOKU = ROOT / "llada_jax" / "assets" / "sudoku"
 MASK = 7
 PARTS = (EVERYTHING, "slope", "table[1]")
+# The flags of a small measurement.
+SMALL = (
+    f"--policy={SUDOKU}",
+    f"--reference={SUDOKU}",
+    f"--pairs=jsonl:{SUDOKU / 'pairs.jsonl.gz'}",
+    "--template=plain",
+    "--no_eos",
+    "--row_length=66",
+    "--pairs_limit=8",
+    "--batch_rows=8",
+    "--repeats=2",
+    "--truth=2",
+    "--nested_t=3",
+    "--nested_yt=2",
+    "--only_schemes",
+)
 
 
 def toy_logits(
@@ -36,7 +52,7 @@ def toy_logits(
 
 
 def toy_elbos(params, batch, drawn):
-    """Two pairs' ELBOs [2, 2 (winner, loser)] written out: the mean over draws of each segment's weighted sum."""
+    """Two pairs' ELBOs [2, 2 (winner, loser)]: the mean over draws of weighted sums."""
     logits = toy_logits(params, jnp.where(drawn.masked, MASK, batch.tokens))
     each = jax.nn.log_softmax(logits) * jax.nn.one_hot(batch.tokens, 8)
     each = (
@@ -49,7 +65,7 @@ def toy_elbos(params, batch, drawn):
 
 @pytest.fixture(scope="module")
 def toy():
-    """Params of a toy model, another's, one batch of two rows with two pairs in all, and the problem."""
+    """Parameters of two toy models, a batch of two rows with two pairs in all, and the problem."""
     rng = np.random.default_rng(0)
     segments = np.zeros((2, 16), np.int32)
     segments[0, :7], segments[0, 7:15] = 1, 2
@@ -121,9 +137,12 @@ def test_decomposition_of_few_times_is_unbiased_and_its_jackknife_leaves_one_tim
 def test_what_a_pair_shares_no_other_pair_of_the_row_has(share):
     segments = jnp.repeat(jnp.arange(1, 5), 6)[None]
     drawn = noise.draw_rows(
-        jax.random.split(jax.random.key(0), 4000), jnp.tile(segments > 0, (4000, 1)), jnp.tile(segments, (4000, 1)),
-        num_segments=4, scheme=noise.Scheme(1, share_in_pair=share),
-    )  # fmt: skip
+        jax.random.split(jax.random.key(0), 4000),
+        jnp.tile(segments > 0, (4000, 1)),
+        jnp.tile(segments, (4000, 1)),
+        num_segments=4,
+        scheme=noise.Scheme(1, share_in_pair=share),
+    )
     masked = np.asarray(drawn.masked[0]).reshape(4000, 4, 6)
     counts = np.corrcoef(masked.sum(-1).T)
     assert counts[0, 1] == pytest.approx(1) == counts[2, 3] and np.abs(counts[:2, 2:]).max() < 0.06
@@ -134,8 +153,13 @@ def test_what_a_pair_shares_no_other_pair_of_the_row_has(share):
 
 def test_streamed_moments_are_those_of_stacked_gradients():
     rng = np.random.default_rng(0)
-    grads = [{"slope": jnp.float32(rng.normal()), "table": jnp.asarray(rng.normal(size=(3, 4)), jnp.float32)}
-             for _ in range(6)]  # fmt: skip
+    grads = [
+        {
+            "slope": jnp.float32(rng.normal()),
+            "table": jnp.asarray(rng.normal(size=(3, 4)), jnp.float32),
+        }
+        for _ in range(6)
+    ]
     moments = Moments.zero(grads[0], PARTS)
     for g in grads:
         moments = moments.add(g, PARTS)
@@ -259,7 +283,7 @@ def test_repeats_agree_with_their_prediction(toy):
 
 
 def by_count(theta, tokens):
-    """log p of any token is -theta x how many of its half of the row are masked: all is a function of two counts."""
+    """log p of any token is -theta x how many tokens of its half of the row are masked."""
     masks = jnp.repeat(
         jnp.sum((tokens == MASK).reshape(*tokens.shape[:-1], 2, -1), -1), tokens.shape[-1] // 2, -1
     )
@@ -282,7 +306,8 @@ def test_theorem_4_and_the_limits_of_one_pair_against_enumeration():
     params, reference = {"t": jnp.float32(theta)}, {"t": jnp.float32(other)}
     problem = dataclasses.replace(problem, terms_fn=lambda p, *rest: terms_fn(p["t"], *rest))
 
-    # A term is -theta L l, so every combination of the two counts has a score and a gradient in closed form.
+    # A term is -theta L l, so score and gradient of every combination of the two counts are closed
+    # forms.
     counts = np.stack(np.meshgrid(np.arange(1, 6), np.arange(1, 4), indexing="ij"), -1).reshape(
         -1, 2
     )
@@ -295,7 +320,7 @@ def test_theorem_4_and_the_limits_of_one_pair_against_enumeration():
     repeat = jax.jit(problem.repeat, static_argnames="estimator")
     moments, truth, norms = problem.zero(params), {"t": jnp.float32(true_grad)}, []
     for k in range(repeats):
-        elbos, moments, norm = repeat(
+        _, moments, norm = repeat(
             params, reference, batch, k, moments, truth, estimator=Estimator(noise.Scheme(1))
         )
         norms.append(norm)
@@ -321,7 +346,8 @@ def test_theorem_4_and_the_limits_of_one_pair_against_enumeration():
     )[0]
     assert float(sure[0]["t"]) == 0 and abs(float(sure[1]["t"])) > 1e3
 
-    # The gradient made linear at the true score has two summands, (1 - sigmoid) beta L l of winner and loser.
+    # The gradient made linear at the true score has two summands, (1 - sigmoid) beta L l of winner
+    # and loser.
     nested = jax.jit(problem.nested, static_argnames="n_yt")
     scores = jnp.full((1, 1), true_score, jnp.float32)
     outs = [nested(params, reference, batch, k, scores, n_yt=2) for k in range(500)]
@@ -364,7 +390,7 @@ def test_the_best_density_of_times_is_that_of_enumeration_and_of_drawing_from_it
     terms = rng.choice([-1, 1], drawn.size) * sizes[drawn] / (sizes / mean)[drawn]
     assert found(np.arange(3)) == pytest.approx(terms.var() / second, rel=0.03)
     assert 0 < abs(found(np.array([1, 1])) - found(np.arange(3))) < 0.05
-    # Without the coin a term divided by a density that goes as the term is constant: nothing is left.
+    # Without the coin, a term divided by a density proportional to it is constant: nothing is left.
     alike = variance.best_times(squares, shares, np.full(3, second - mean**2))(np.arange(3))
     assert alike == pytest.approx(0, abs=0.05)
     # Squares as 1 / l, each l once: what the parts' width costs is little for long responses too.
@@ -372,7 +398,8 @@ def test_the_best_density_of_times_is_that_of_enumeration_and_of_drawing_from_it
         l = np.arange(1, size + 1).repeat(2).reshape(size, 1, 1, 2)
         found = variance.best_times(1 / l, l / size, np.array([np.mean(1 / l)]))(np.arange(1))
         assert found == pytest.approx(np.mean(l**-0.5) ** 2 / np.mean(1 / l), rel=0.006)
-    # What no density changes, a constant, is not counted as variance; at l = L, a share of 1 is in the last part.
+    # A constant, which no density changes, does not count as variance. At l = L a share of 1 is in
+    # the last part.
     constant = variance.best_times(
         np.full((8, 2, 1, 2), 9.0), np.linspace(0.1, 1, 32).reshape(8, 2, 1, 2), np.ones(1)
     )
@@ -411,19 +438,33 @@ def test_pair_statistics_are_numpys(toy):
 def test_the_table_of_one_pair_a_batch_has_theorem_4_and_both_limits():
     rng = np.random.default_rng(0)
     estimator = Estimator(noise.Scheme(2), name="two")
-    gradients = {"trace": [4.0, 9.0], "error": rng.random((2, 5, 1)), "mean_error": [1.0, 1.0],
-                 "score trace": [16.0, 25.0], "score gradient": [[2, 3, 2, 2, 1], [1, 1, 1, 7, 1]]}  # fmt: skip
+    gradients = {
+        "trace": [4.0, 9.0],
+        "error": rng.random((2, 5, 1)),
+        "mean_error": [1.0, 1.0],
+        "score trace": [16.0, 25.0],
+        "score gradient": [[2, 3, 2, 2, 1], [1, 1, 1, 7, 1]],
+    }
     found = []
     for pair in range(2):
         of = {k: np.asarray(v[pair], float) for k, v in gradients.items()}
         of = {k: v[..., None] if v.ndim < 2 else v for k, v in of.items()} | {
             "elbos": rng.normal(size=(5, 2, 1, 2))
         }
-        nested = {"terms": rng.normal(size=(4, 2, 2, 1, 2)), "shares": rng.random((4, 2, 1, 2)), "v_t": np.ones(1),
-                  "v_yt": np.ones(1), "squares": rng.random((4, 2, 2, 1))}  # fmt: skip
+        nested = {
+            "terms": rng.normal(size=(4, 2, 2, 1, 2)),
+            "shares": rng.random((4, 2, 1, 2)),
+            "v_t": np.ones(1),
+            "v_yt": np.ones(1),
+            "squares": rng.random((4, 2, 2, 1)),
+        }
         # The norm of the true score's gradient, 4, tops the repeats' 3.
-        truth = {"is_pair": np.ones((1, 1), bool), "elbos": np.zeros((2, 2, 1, 2)), "score norm": np.array([16.0]),
-                 "variance": np.zeros(1)}  # fmt: skip
+        truth = {
+            "is_pair": np.ones((1, 1), bool),
+            "elbos": np.zeros((2, 2, 1, 2)),
+            "score norm": np.array([16.0]),
+            "variance": np.zeros(1),
+        }
         found.append({"two": of, "nested": nested, "truth": truth})
     table = tables.tabulate(found, [estimator], parts=(EVERYTHING,), beta=1.0, flops=1.0)
     column, split = table["columns"]["two"], table["decomposition"][f"gradient: {EVERYTHING}"]
@@ -459,7 +500,8 @@ def test_the_table_against_numbers_by_hand():
         Estimator(noise.Scheme(1, 2), name="one time"),
         Estimator(noise.Scheme(4, times="stratified"), name="ours"),
     )
-    # Winner's ELBO under the policy, all other ELBOs 0: the score is half of it. By estimator, pair and repeat.
+    # The winner's ELBO under the policy; all other ELBOs are 0, so the score is half of it. By
+    # estimator, pair and repeat.
     winners = {
         "vrpo": ([2, 4, 6], [0, 4, 8]),
         "one time": ([1, 3, 8], [0, 0, 0]),
@@ -480,11 +522,18 @@ def test_the_table_against_numbers_by_hand():
 
     found = []
     for pair in range(2):
-        truth = {"is_pair": np.array([[True], [False]])[: 1 + pair], "elbos": elbos(true_winners[pair], pair),
-                 "variance": np.array([truth_variances[pair]])}  # fmt: skip
+        truth = {
+            "is_pair": np.array([[True], [False]])[: 1 + pair],
+            "elbos": elbos(true_winners[pair], pair),
+            "variance": np.array([truth_variances[pair]]),
+        }
         # Three times with means 1, 2, 3, and 0.5 to both sides of each: V_yt 0.5, V_t 1 - 0.5 / 2.
-        nested = {"terms": elbos([[0.5, 1.5], [1.5, 2.5], [2.5, 3.5]], pair), "v_t": np.array([3.0 + pair]),
-                  "shares": np.full((3, 2, 1 + pair, 2), 0.5), "v_yt": np.array([1.0])}  # fmt: skip
+        nested = {
+            "terms": elbos([[0.5, 1.5], [1.5, 2.5], [2.5, 3.5]], pair),
+            "v_t": np.array([3.0 + pair]),
+            "shares": np.full((3, 2, 1 + pair, 2), 0.5),
+            "v_yt": np.array([1.0]),
+        }
         found.append({"truth": truth, "nested": nested})
         for name, values in winners.items():
             of = {
@@ -528,7 +577,8 @@ def test_the_table_against_numbers_by_hand():
         "1.6e+10",
     ]
 
-    # Only the winner's term varies: of a policy's ELBO half of it, of the score 2 x 0.5^2 x that half.
+    # Only the winner's term varies: a policy's ELBO has half of it,
+    # the score 2 x 0.5^2 x that half.
     split = table["decomposition"]
     measured = {name: [np.var(pair, ddof=1) for pair in of] for name, of in winners.items()}
     for name, v_t, v_yt, found in (
@@ -642,11 +692,7 @@ def test_other_weights_at_the_same_path_do_not_reuse_results(tmp_path, monkeypat
 
 @pytest.mark.slow
 def test_the_command_measures_goes_on_and_says_the_same(tmp_path, capsys, monkeypatch):
-    argv = [
-        f"--policy={SUDOKU}", f"--reference={SUDOKU}", f"--pairs=jsonl:{SUDOKU / 'pairs.jsonl.gz'}", "--template=plain",
-        "--no_eos", "--row_length=66", "--pairs_limit=8", "--batch_rows=8", "--repeats=2", "--truth=2", "--nested_t=3",
-        "--nested_yt=2", "--only_schemes", "--schemes=n_t=2", "--schemes=n_t=1,share_noise=no", f"--out={tmp_path}",
-    ]  # fmt: skip
+    argv = [*SMALL, "--schemes=n_t=2", "--schemes=n_t=1,share_noise=no", f"--out={tmp_path}"]
     run_command(command, *argv)
     text = capsys.readouterr().out
     table = json.loads((tmp_path / "table.json").read_text())
@@ -681,14 +727,9 @@ def test_the_command_measures_goes_on_and_says_the_same(tmp_path, capsys, monkey
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """Flags of a measurement, and every array that one process with the rows split over eight devices found."""
+    """Flags of a measurement, and every array that one process with eight devices measured."""
     out = tmp_path_factory.mktemp("measured")
-    argv = [
-        f"--policy={SUDOKU}", f"--reference={SUDOKU}", f"--pairs=jsonl:{SUDOKU / 'pairs.jsonl.gz'}", "--template=plain",
-        "--no_eos", "--row_length=66", "--pairs_limit=8", "--batch_rows=8", "--repeats=2", "--truth=2", "--nested_t=3",
-        "--nested_yt=2", "--only_schemes", "--schemes=n_t=2,share_noise=no", "--no_plots",
-        "--dtype=float32",
-    ]  # fmt: skip
+    argv = [*SMALL, "--schemes=n_t=2,share_noise=no", "--no_plots", "--dtype=float32"]
     run_command(command, *argv, f"--out={out}")
     arrays = arrays_in(out)
     assert len(arrays) == 12
@@ -706,7 +747,8 @@ def arrays_in(out):
 def assert_measured_alike(found, expected):
     assert found.keys() == expected.keys()
     for name, values in expected.items():
-        # Sums in another order, in float32; of a difference of two models that are the same nothing but those is left.
+        # Sums in another order, in float32. The two models are the same, so their difference is
+        # rounding alone.
         np.testing.assert_allclose(
             found[name], values, rtol=1e-3, atol=1e-4 * np.abs(values).max(), err_msg=str(name)
         )
