@@ -70,18 +70,10 @@ def make_pairs(
             raise ValueError(f"{name}={value} must be at least {least}")
     if not records:
         raise ValueError("there are no prompts; give a source that has some")
-    prompts = []
-    for where, _, normal in records:
-        ids = templates.encode_prompt(tokenizer, normal["prompt"], template)
-        if max_length is not None and len(ids) + gen_length > max_length:
-            raise ValueError(
-                f"{where}: a prompt of {len(ids)} tokens and gen_length={gen_length} exceed the "
-                f"model's {max_length}; lower gen_length or leave the prompt out"
-            )
-        prompts += [ids] * samples
+    prompts = _encode(records, tokenizer, template, gen_length, max_length)
     tokens = sampling.sample_responses(
         logits_fn,
-        prompts,
+        [prompt for prompt in prompts for _ in range(samples)],
         batch_size=batch_size,
         gen_length=gen_length,
         eos_id=eos_id,
@@ -103,16 +95,7 @@ def make_pairs(
         empty += sum(n for text, n in texts.items() if text not in usable)
         chosen = choose_pairs(usable, pairs_per_prompt, np.random.default_rng((seed, i)))
         without += not chosen
-        pairs += [
-            {
-                **normal,
-                "chosen": w,
-                "rejected": l,
-                "chosen_score": scores[w],
-                "rejected_score": scores[l],
-            }
-            for w, l in chosen
-        ]
+        pairs += [normal | _pair(scores, winner, loser) for winner, loser in chosen]
     return pairs, {
         "prompts": len(records),
         "samples": len(totals),
@@ -121,6 +104,35 @@ def make_pairs(
         "without_contrast": without / len(records),
         "empty": empty,
     }
+
+
+def _pair(scores: dict[str, float], winner: str, loser: str) -> dict:
+    return {
+        "chosen": winner,
+        "rejected": loser,
+        "chosen_score": scores[winner],
+        "rejected_score": scores[loser],
+    }
+
+
+def _encode(
+    records: Sequence[tuple[str, dict, dict]],
+    tokenizer,
+    template: str,
+    gen_length: int,
+    max_length: int | None,
+) -> list[list[int]]:
+    """The ids of every prompt. Raises ValueError if one leaves no room for a response."""
+    prompts = []
+    for where, _, normal in records:
+        ids = templates.encode_prompt(tokenizer, normal["prompt"], template)
+        if max_length is not None and len(ids) + gen_length > max_length:
+            raise ValueError(
+                f"{where}: a prompt of {len(ids)} tokens and gen_length={gen_length} exceed the "
+                f"model's {max_length}; lower gen_length or leave the prompt out"
+            )
+        prompts.append(ids)
+    return prompts
 
 
 def parser() -> cli.Parser:

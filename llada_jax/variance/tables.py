@@ -36,26 +36,11 @@ def tabulate(
     resample pairs or, for gradients, batches.
     """
     kept = [batch["truth"]["is_pair"] for batch in found]
-
-    def by_pair(elbos, is_pair):  # [..., r, s] -> [..., q, 2]
-        return elbos.reshape(*elbos.shape[:-1], -1, 2)[..., is_pair, :]
-
-    truth = np.concatenate(
-        [
-            by_pair(batch["truth"]["elbos"].mean(0), pairs)
-            for batch, pairs in zip(found, kept, strict=True)
-        ],
-        axis=-2,
-    )
+    truths = [batch["truth"]["elbos"].mean(0) for batch in found]
+    truth = _by_pair(truths, kept)
     statistics, gradients = {}, {}
     for e in estimators:
-        elbos = np.concatenate(
-            [
-                by_pair(batch[e.name]["elbos"], pairs)
-                for batch, pairs in zip(found, kept, strict=True)
-            ],
-            axis=-2,
-        )
+        elbos = _by_pair([batch[e.name]["elbos"] for batch in found], kept)
         statistics[e.name] = statistics_lib.pair_statistics(elbos, truth, beta)
         if parts:
             gradients[e.name] = {
@@ -63,70 +48,85 @@ def tabulate(
                 for key in found[0][e.name]
                 if key != "elbos" and all(key in batch[e.name] for batch in found)
             }
-    pairs = truth.shape[-2]
-    repeats = len(found[0][estimators[0].name]["elbos"])
     columns = {}
     for e in estimators:
-        mine = statistics[e.name]
         baseline = _vrpo(estimators, e.scheme.n)
-        column = {
+        columns[e.name] = {
             "n_t": e.scheme.n_t,
             "n_yt": e.scheme.n_yt,
             "biased": e.scheme.biased,
             "model calls": e.scheme.n,
             "FLOPs a pair": e.scheme.n * flops * (COST_OF_GRADIENT if parts else COST_OF_VALUE),
+            **_of_scores(e, baseline, statistics, truth.shape[-2]),
         }
-        for name in (
-            "score variance",
-            "score bias",
-            "loss variance",
-            "loss bias",
-            "policy ELBO variance",
-        ):
-            column[name] = _interval(_mean_of(mine[name]), pairs)
-        column["correlation"] = float(
-            mine["covariance"].sum()
-            / max(
-                np.sqrt(mine["policy ELBO variance"] * mine["reference ELBO variance"]).sum(), 1e-30
-            )
-        )
-        column["score variance by Eq. 9"] = float(mine["Eq. 9"].mean())
-        column["Theorem 1: loss error"] = float(mine["loss error"].mean())
-        column["Theorem 1: its bound"] = float(np.sqrt(mine["score variance"]).mean())
-        column["Theorem 1: bound of loss variance"] = float(4 * mine["score variance"].mean())
-        if baseline is not None:
-            # Variance x cost, divided by that of VRPO. If VRPO was measured at another n only, this
-            # takes its variance as proportional to 1 / n.
-            cost = e.scheme.n / baseline.scheme.n
-            for name in ("score variance", "policy ELBO variance"):
-                other = statistics[baseline.name][name]
-                # If the policy equals its reference, the variances are rounding errors.
-                if other.mean() > 1e-9:
-                    column[f"{name} x cost / VRPO"] = _interval(
-                        _ratio_of(mine[name], other, cost), pairs
-                    )
         for k, part in enumerate(parts):
-            traces = gradients[e.name]["trace"][:, k]
-            column[f"gradient variance: {part}"] = _interval(_mean_of(traces), len(found))
-            # |mean error|^2 also contains the variance of the mean of the repeats, and that of the
-            # truth. Subtract both.
-            noise = np.stack([batch["truth"]["variance"][k] for batch in found]) + traces / repeats
-            column[f"gradient bias^2: {part}"] = _interval(
-                _mean_of(gradients[e.name]["mean_error"][:, k] - noise), len(found)
-            )
-            column[f"gradient error: {part}"] = float(gradients[e.name]["error"][..., k].mean())
+            columns[e.name] |= _of_gradients(e, baseline, found, gradients, k, part)
             if "score trace" in gradients[e.name]:  # one pair a batch
-                column |= _of_one_pair(gradients[e.name], found, mine["score variance"], k, part)
-            if baseline is not None:
-                other = gradients[baseline.name]["trace"][:, k]
-                column[f"gradient variance: {part} x cost / VRPO"] = _interval(
-                    _ratio_of(traces, other, e.scheme.n / baseline.scheme.n), len(found)
-                )
-        columns[e.name] = column
+                score_variance = statistics[e.name]["score variance"]
+                columns[e.name] |= _of_one_pair(gradients[e.name], found, score_variance, k, part)
     return {
         "columns": columns,
         "decomposition": _decomposition(found, kept, estimators, columns, parts, beta),
     }
+
+
+def _by_pair(elbos: Sequence[np.ndarray], kept: Sequence[np.ndarray]) -> np.ndarray:
+    """The ELBOs [..., r, s] of each batch as those [..., q, 2] of the pairs of all batches."""
+    pairs = [
+        x.reshape(*x.shape[:-1], -1, 2)[..., is_pair, :]
+        for x, is_pair in zip(elbos, kept, strict=True)
+    ]
+    return np.concatenate(pairs, axis=-2)
+
+
+def _of_scores(e: Estimator, baseline: Estimator | None, statistics: dict, pairs: int) -> dict:
+    """Variance and bias of ELBO, score and loss, and the bounds of Theorem 1."""
+    mine = statistics[e.name]
+    names = ("score variance", "score bias", "loss variance", "loss bias", "policy ELBO variance")
+    column = {name: _interval(_mean_of(mine[name]), pairs) for name in names}
+    product = mine["policy ELBO variance"] * mine["reference ELBO variance"]
+    column |= {
+        "correlation": float(mine["covariance"].sum() / max(np.sqrt(product).sum(), 1e-30)),
+        "score variance by Eq. 9": float(mine["Eq. 9"].mean()),
+        "Theorem 1: loss error": float(mine["loss error"].mean()),
+        "Theorem 1: its bound": float(np.sqrt(mine["score variance"]).mean()),
+        "Theorem 1: bound of loss variance": float(4 * mine["score variance"].mean()),
+    }
+    if baseline is None:
+        return column
+    # Variance x cost, divided by that of VRPO. If VRPO was measured at another n only, this takes its
+    # variance as proportional to 1 / n.
+    cost = e.scheme.n / baseline.scheme.n
+    for name in ("score variance", "policy ELBO variance"):
+        other = statistics[baseline.name][name]
+        # If the policy equals its reference, the variances are rounding errors.
+        if other.mean() > 1e-9:
+            ratio = _ratio_of(mine[name], other, cost)
+            column[f"{name} x cost / VRPO"] = _interval(ratio, pairs)
+    return column
+
+
+def _of_gradients(
+    e: Estimator, baseline: Estimator | None, found, gradients: dict, k: int, part: str
+) -> dict:
+    """Variance, bias and error of the gradient of one part of the parameters."""
+    mine = gradients[e.name]
+    traces, repeats = mine["trace"][:, k], len(found[0][e.name]["elbos"])
+    # |mean error|^2 also contains the variance of the mean of the repeats, and that of the truth.
+    # Subtract both.
+    noise = np.stack([batch["truth"]["variance"][k] for batch in found]) + traces / repeats
+    column = {
+        f"gradient variance: {part}": _interval(_mean_of(traces), len(found)),
+        f"gradient bias^2: {part}": _interval(
+            _mean_of(mine["mean_error"][:, k] - noise), len(found)
+        ),
+        f"gradient error: {part}": float(mine["error"][..., k].mean()),
+    }
+    if baseline is not None:
+        other = gradients[baseline.name]["trace"][:, k]
+        ratio = _ratio_of(traces, other, e.scheme.n / baseline.scheme.n)
+        column[f"gradient variance: {part} x cost / VRPO"] = _interval(ratio, len(found))
+    return column
 
 
 def _of_one_pair(gradients: dict, found, score_variance: np.ndarray, k: int, part: str) -> dict:
