@@ -94,8 +94,8 @@ def _of_scores(e: Estimator, baseline: Estimator | None, statistics: dict, pairs
     }
     if baseline is None:
         return column
-    # Variance x cost, divided by that of VRPO. If VRPO was measured at another n only, this takes its
-    # variance as proportional to 1 / n.
+    # Variance x cost, divided by that of VRPO. If VRPO was measured at another n only, this takes
+    # its variance as proportional to 1 / n.
     cost = e.scheme.n / baseline.scheme.n
     for name in ("score variance", "policy ELBO variance"):
         other = statistics[baseline.name][name]
