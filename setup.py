@@ -37,6 +37,7 @@ setup(
         "sentencepiece>=0.2.1",
         "tokenizers>=0.22",
         "safetensors>=0.6",
+        "jinja2>=3.1",
         "ml-collections>=1.1.0",
         "absl-py>=2.3",
         "etils[epath]>=1.13",

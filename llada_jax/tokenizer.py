@@ -16,9 +16,11 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar
 
+import jinja2
 import sentencepiece
 import tokenizers
 from etils import epath
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from sentencepiece import sentencepiece_model_pb2
 
 from llada_jax import cli
@@ -27,6 +29,11 @@ from llada_jax.files import expand, read_lines, write_whole
 BOS, EOS, MASK = "<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>"
 START_HEADER, END_HEADER, EOT = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
 FILES = ("tokenizer.json", "tokenizer.model")  # in order of preference within a directory
+
+BESIDE = ("tokenizer_config.json", "chat_template.jinja")
+_HEADERS = (BOS, START_HEADER, END_HEADER, EOT)  # special tokens of LLaDA's chat template
+_MARK = "\ue000"  # of the private use area: no template has it
+_SPECIAL_TOKEN = re.compile(r"<\|[^|<>]+\|>")
 
 # Tokens that ordinary text must never encode to, whatever type the tokenizer's file gives them.
 _SPECIAL = re.compile(r"<\|.+\|>")
@@ -47,6 +54,7 @@ class Tokenizer:
         backend: "_SentencePiece | _HuggingFace",
         files: dict[str, bytes],
         specials: dict[str, int | None],
+        template: "_ChatTemplate | None" = None,
     ):
         self._backend, self._files, self._specials = backend, files, specials
         self.bos_id, self.eos_id, self.mask_id = specials[BOS], specials[EOS], specials[MASK]
@@ -58,8 +66,13 @@ class Tokenizer:
         digest = hashlib.sha256(json.dumps(specials).encode())
         for name in FILES:
             digest.update(files.get(name, b""))
-        self.fingerprint = digest.hexdigest()[:16]
         self._roles: dict[str, list[int]] = {}
+        self._template = template
+        if template and self._has_headers() and self._is_llada(template):
+            self._template = None  # the same ids, without the work of rendering
+        if self._template:
+            digest.update(self._template.source.encode())
+        self.fingerprint = digest.hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of ordinary text, without bos or EOS.
@@ -78,19 +91,39 @@ class Tokenizer:
         )
 
     def chat_prompt(self, messages: Sequence[dict]) -> list[int]:
-        """Returns the ids of a conversation by LLaDA's chat template, up to the assistant's answer.
+        """Returns the ids of a conversation by the chat template, up to the assistant's answer.
 
-        `messages` are dicts with role and content. Raises ValueError if the tokenizer lacks one of
-        the template's special tokens.
+        The template is the tokenizer's own (`chat_template` of tokenizer_config.json, or the file
+        chat_template.jinja), or LLaDA's. `messages` are dicts with role and content; content that
+        looks like a special token stays text. Raises ValueError if the template refuses the
+        messages, or if the tokenizer lacks a special token of LLaDA's template.
         """
-        missing = [
-            name for name in (BOS, START_HEADER, END_HEADER, EOT) if self._specials[name] is None
-        ]
-        if missing:
+        if self._template:
+            return self._template.encode(messages, self._backend)
+        if not self._has_headers():
+            missing = [name for name in _HEADERS if self._specials[name] is None]
             raise ValueError(
                 f"the chat template needs {', '.join(missing)}, which this tokenizer does not have;"
                 ' use data.template="plain" or a tokenizer with these tokens'
             )
+        return self._llada_prompt(messages)
+
+    def _has_headers(self) -> bool:
+        return all(self._specials[name] is not None for name in _HEADERS)
+
+    def _is_llada(self, template: "_ChatTemplate") -> bool:
+        """Whether a template gives the ids of LLaDA's for two conversations."""
+        turns = [("system", "Be brief."), ("user", " a\n\nb "), ("assistant", "c"), ("user", "d")]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        try:
+            return all(
+                template.encode(m, self._backend) == self._llada_prompt(m)
+                for m in (messages, messages[1:2])
+            )
+        except ValueError:
+            return False
+
+    def _llada_prompt(self, messages: Sequence[dict]) -> list[int]:
         ids = [self.bos_id]
         for message in messages:
             ids += (
@@ -140,11 +173,12 @@ def load(path: str | os.PathLike) -> Tokenizer:
     is_json = path.suffix == ".json"
     content = path.read_bytes()
     files = {FILES[0 if is_json else 1]: content}
-    beside = path.parent / "tokenizer_config.json"
-    if beside.exists():
-        files[beside.name] = beside.read_bytes()
+    for name in BESIDE:
+        if (path.parent / name).exists():
+            files[name] = (path.parent / name).read_bytes()
     try:
-        named = _named_specials(json.loads(files.get(beside.name, b"{}")))
+        settings = json.loads(files.get(BESIDE[0], b"{}"))
+        named = _named_specials(settings)
         backend = (_HuggingFace if is_json else _SentencePiece)(content)
     except Exception as e:  # the parsers raise errors of any type
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
@@ -166,7 +200,77 @@ def load(path: str | os.PathLike) -> Tokenizer:
             " make the two agree"
         )
     specials[MASK] = mask if specials[MASK] is None else specials[MASK]
-    return Tokenizer(backend, files, specials)
+    source = _template_source(settings, files)
+    template = None
+    if source:
+        names = {key: named.get(name, "") for name, key in ((BOS, "bos_token"), (EOS, "eos_token"))}
+        template = _ChatTemplate(source, names, str(path.parent))
+    return Tokenizer(backend, files, specials, template)
+
+
+def _template_source(settings: dict, files: dict[str, bytes]) -> str:
+    """The jinja text of the chat template; "" if there is none."""
+    if BESIDE[1] in files:
+        return files[BESIDE[1]].decode()
+    source = settings.get("chat_template") or ""
+    if isinstance(source, list):  # several templates by name
+        by_name = {entry["name"]: entry["template"] for entry in source}
+        source = by_name.get("default", "")
+    return source
+
+
+class _ChatTemplate:
+    """A chat template: messages to ids, with special tokens from the template alone.
+
+    The template is rendered with a mark in place of each content. Where the mark stands, the
+    content is put back as ordinary text, stripped on a side if the template strips there. So a
+    content that looks like a special token cannot become one.
+    """
+
+    def __init__(self, source: str, names: dict[str, str], where: str):
+        self.source, self._names, self._where = source, names, where
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = self._refuse
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"{where}: the chat template is no jinja: {error}") from error
+
+    def _refuse(self, message: str):
+        raise jinja2.TemplateError(message)
+
+    def encode(
+        self, messages: Sequence[dict], backend: "_SentencePiece | _HuggingFace"
+    ) -> list[int]:
+        """The ids of a conversation. Raises ValueError if the template refuses it."""
+        marked = [{**m, "content": f" {_MARK}{i}{_MARK} "} for i, m in enumerate(messages)]
+        try:
+            text = self._template.render(messages=marked, add_generation_prompt=True, **self._names)
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ValueError(f"{self._where}: the chat template refuses: {error}") from error
+
+        def content(found: re.Match) -> str:
+            value = messages[int(found[2])]["content"]
+            value = value if found[1] else value.lstrip()
+            return value if found[3] else value.rstrip()
+
+        ids: list[int] = []
+        # Special tokens are split off while the marks stand: no content can add one.
+        for k, part in enumerate(self._split(text, backend)):
+            if k % 2:
+                ids.append(backend.id_of(part))
+            elif part:
+                ids += backend.encode(re.sub(f"( ?){_MARK}(\\d+){_MARK}( ?)", content, part))
+        return ids
+
+    def _split(self, text: str, backend) -> list[str]:
+        """The text split at its special tokens: text, token, text, ..., token, text."""
+        known = {*_SPECIAL_TOKEN.findall(text), *filter(None, self._names.values())}
+        known = {token for token in known if backend.id_of(token) is not None}
+        if not known:
+            return [text]
+        longest_first = sorted(known, key=len, reverse=True)
+        return re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
 
 
 def _named_specials(config: dict) -> dict[str, str]:

@@ -148,6 +148,80 @@ def test_chat_template_is_the_rendered_text(tmp_path):
     assert ids == reference.encode(rendered, add_special_tokens=False).ids
 
 
+# The template in the tokenizer_config.json of LLaDA 8B Instruct.
+LLADA_TEMPLATE = (
+    "{% set loop_messages = messages %}{% for message in loop_messages %}"
+    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ "
+    "message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
+    "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+    "{% endif %}"
+)
+IM_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TALK = [
+    {"role": "user", "content": " hello <|eot_id|> <|im_end|>\n"},
+    {"role": "assistant", "content": "12 words"},
+    {"role": "user", "content": "more"},
+]
+
+
+def test_the_template_of_llada_is_ours(tmp_path):
+    """The same ids and fingerprint as without it: rows that are packed already stay valid."""
+    plain = tokenizer.load(write_json(tmp_path / "plain"))
+    config = {"chat_template": LLADA_TEMPLATE, "bos_token": "<|startoftext|>"}
+    folder = write_json(tmp_path / "template", tokenizer_config=config)
+    with_template = tokenizer.load(folder)
+    assert with_template.chat_prompt(TALK) == plain.chat_prompt(TALK)
+    assert with_template.fingerprint == plain.fingerprint
+
+
+@pytest.mark.parametrize("form", ["config", "list", "file"])
+def test_a_chat_template_of_its_own(tmp_path, form):
+    """Written out by hand: special tokens of the template, the users' stay text; not stripped."""
+    config, named = {}, [{"name": "tool_use", "template": "x"}]
+    if form == "config":
+        config = {"chat_template": IM_TEMPLATE}
+    elif form == "list":
+        config = {"chat_template": [*named, {"name": "default", "template": IM_TEMPLATE}]}
+    folder = write_json(
+        tmp_path, [*SPECIALS, "<|im_start|>", "<|im_end|>"], tokenizer_config=config
+    )
+    if form == "file":
+        (folder / "chat_template.jinja").write_text(IM_TEMPLATE)
+    t = tokenizer.load(folder)
+    start, end = (t._backend.id_of(name) for name in ("<|im_start|>", "<|im_end|>"))
+    expected = []
+    for k, message in enumerate(TALK):
+        between = t.encode("\n") if k else []
+        text = f"{message['role']}\n{message['content']}"
+        expected += [*between, start, *t.encode(text), end]
+    expected += [*t.encode("\n"), start, *t.encode("assistant\n")]
+    assert t.chat_prompt(TALK) == expected
+    without = write_json(tmp_path / "without", [*SPECIALS, "<|im_start|>", "<|im_end|>"])
+    assert t.fingerprint != tokenizer.load(without).fingerprint
+    t.save(tmp_path / "saved")
+    again = tokenizer.load(tmp_path / "saved")
+    assert again.chat_prompt(TALK) == expected and again.fingerprint == t.fingerprint
+
+
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        ("{% for %}", "the chat template is no jinja"),
+        ("{{ raise_exception('no system') }}", "the chat template refuses: no system"),
+        ("{{ messages[0].nothing.more }}", "the chat template refuses"),
+    ],
+)
+def test_a_chat_template_that_fails_is_one_line(tmp_path, template, message):
+    folder = write_json(tmp_path, tokenizer_config={"chat_template": template})
+    with pytest.raises(ValueError, match=message) as e:
+        tokenizer.load(folder).chat_prompt(TALK)
+    assert "\n" not in str(e.value) and str(folder) in str(e.value)
+
+
 def test_missing_special_tokens_are_none_and_named(tmp_path):
     t = tokenizer.load(write_json(tmp_path, specials=["<|endoftext|>", "<|eot_id|>"]))
     assert t.bos_id is None and t.mask_id is None and t.eos_id is not None
