@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Runs the commands of documents as written, in order, in one scratch copy of the checkout.
 
-    python .ci/docs_commands.py docs/quickstart.md docs/data.md     the blocks `sh`
-    python .ci/docs_commands.py --long docs/results.md              also the blocks `sh long`
+    python .ci/docs_commands.py docs/data.md     the blocks `sh`
+    python .ci/docs_commands.py --long           also the blocks `sh long`
 
 Prints each command and its seconds, and ends with the status of the first that fails. The README's
 two commands, which make a virtual environment and install, are left to .ci/run. What a command

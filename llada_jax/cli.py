@@ -5,7 +5,11 @@ returns an exit status (None means 0). It ends with `sys.exit(cli.run(main, pars
 """
 
 import argparse
+import difflib
+import operator
 import os
+import pathlib
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -58,7 +62,8 @@ class Parser(argparse.ArgumentParser):
         of_config, others = _split(argv)
         config = None
         try:
-            config = _read_config(of_config) if of_config else None
+            if of_config:
+                config = _read_config(of_config)
         except (Exception, flags.Error) as error:  # whatever a config file or ml_collections raises
             _show(error)
             self.error(_text(error))
@@ -129,16 +134,57 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _read_config(argv: list[str]):
+    """The config that its flags name, with its changes. Raises whatever its file raises."""
+    pairs = zip(argv, [*argv[1:], ""], strict=True)
+    file = next((w.partition("=")[2] or after for w, after in pairs if _name(w) == "--config"), "")
+    if not file:
+        raise ValueError("--config.NAME=VALUE without --config=FILE: name a file of configs/")
+    if not pathlib.Path(file.partition(":")[0]).exists():
+        raise ValueError(f"--config={file}: there is no such file; name one of configs/")
+    config = _parsed([f"--config={file}"])
+    for word in argv:
+        if _name(word) != "--config" and word.startswith("--"):
+            _check_key(config, _name(word).partition("config.")[2], file)
+    try:
+        return _parsed(argv)
+    except flags.IllegalFlagValueError as error:
+        wrong = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error), re.DOTALL)
+        if not wrong:
+            raise
+        path, value = wrong.groups()
+        kind = type(operator.attrgetter(path)(config)).__name__
+        raise ValueError(f"config.{path}={value} is not of type {kind}") from error
+
+
+def _parsed(argv: list[str]):
     values = flags.FlagValues()
     argv = ["", *argv]
     config_flags.DEFINE_config_file(
         "config", None, flag_values=values, lock_config=True, sys_argv=argv
     )
     values(argv)
-    if values.config is None:
-        raise ValueError("--config.name=value without --config=FILE: name a file of configs/")
     values.config.keys()  # raises what went wrong when the file was loaded
     return values.config
+
+
+def _name(word: str) -> str:
+    return word.partition("=")[0]
+
+
+def _check_key(config: Any, path: str, file: str):
+    """Raises ValueError if a config has no key of this path, with the keys that are near."""
+    node, parts = config, path.split(".")
+    for k, part in enumerate(parts):
+        if not hasattr(node, "keys") or part not in node:
+            there = list(node.keys()) if hasattr(node, "keys") else []
+            near = difflib.get_close_matches(part, there, 1)
+            where = f"the section {'.'.join(parts[:k])}" if k else file
+            advice = (
+                f'did you mean "{near[0]}"?' if near else f"it has {', '.join(there) or 'none'}"
+            )
+            objective = f" (objective {config.objective!r})" if "objective" in config else ""
+            raise ValueError(f"config.{path}: {where}{objective} has no key {part!r}; {advice}")
+        node = node[part]
 
 
 def _show(error: BaseException):
@@ -150,6 +196,9 @@ def _show(error: BaseException):
 def _text(error: BaseException) -> str:
     while error.args and isinstance(error.args[0], BaseException):
         error = error.args[0]
-    if isinstance(error, KeyError):
-        return f"the config has no key {error.args[0]}"
-    return one_line(error) or type(error).__name__
+    text = ": ".join(map(str, error.args)) if len(error.args) > 1 else str(error)
+    if isinstance(error, OSError):
+        text = str(error)
+    if "Traceback (most recent call last)" in text:  # ml_collections puts that of the file in it
+        text = re.sub(r"^[\w.]+(Error|Exception): ", "", text.strip().splitlines()[-1])
+    return one_line(text) or type(error).__name__

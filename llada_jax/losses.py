@@ -97,7 +97,7 @@ def preference_loss(
 
 
 def denoising_loss(elbo: Float[Array, "*b"], lengths: Float[Array, "*b"]) -> Float[Array, "*b"]:
-    """-ELBO / length in nats per token: the loss of pre-training and SFT (spec: Objectives).
+    """-ELBO / length in nats per token: the loss of pre-training and SFT.
 
     A padding segment has length 0 and ELBO 0; its loss is 0.
     """

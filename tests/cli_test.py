@@ -126,6 +126,42 @@ def test_a_broken_config_file_is_one_line(tmp_path, capsys):
     assert ended.value.code == 2 and said.count("\n") == 1 and "invalid syntax" in said
 
 
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--config=configs/none.py"], "--config=configs/none.py: there is no such file"),
+        (["--config=configs/vrpo_8b.py:v9"], "configs/vrpo_8b.py:v9 is not one of v5p-32"),
+        (["--config.num_steps=3"], "without --config=FILE"),
+        (
+            ["--config=configs/sft_8b.py", "--config.vrpo.beta=1"],
+            "config.vrpo.beta: configs/sft_8b.py (objective 'sft') has no key 'vrpo'; it has",
+        ),
+        (
+            ["--config=configs/sft_8b.py", "--config.optimizer.peek", "1"],
+            "config.optimizer.peek: the section optimizer (objective 'sft') has no key 'peek'; "
+            'did you mean "peak"?',
+        ),
+        (["--config=configs/sft_8b.py", "--config.seed.x=1"], "the section seed"),
+        (
+            ["--config=configs/sft_8b.py", "--config.denoising.n_t=2.5"],
+            "error: config.denoising.n_t=2.5 is not of type int",
+        ),
+        (
+            ["--config=configs/sft_8b.py", "--config.data.append_eos=maybe"],
+            "error: config.data.append_eos=maybe is not of type bool",
+        ),
+    ],
+)
+def test_a_wrong_config_or_key_says_what_there_is(flags, message, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    parser = cli.Parser("nothing", "Does nothing.")
+    parser.take_config(lambda c: "keys")
+    with pytest.raises(SystemExit) as ended:
+        cli.parse(parser, flags)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.count("\n") == 1 and message in said, said
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help_and_refuses_a_wrong_flag(name, capsys):
     import importlib

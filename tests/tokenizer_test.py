@@ -109,7 +109,7 @@ def test_decode_skips_special_and_unknown_ids(both):
 
 
 def test_chat_template(both):
-    """spec/llada.md: bos once, header, stripped content, eot, the assistant's header."""
+    """LLaDA's template: bos once, header, stripped content, eot, the assistant's header."""
     e, (bos, _, _, start, end, eot) = both.encode, ids_of(both)
     assert both.chat_prompt([{"role": "user", "content": " hello <|eot_id|>\n"}]) == (
         [

@@ -135,7 +135,8 @@ def _tensors(config: Any, shapes) -> list[_Tensor]:
     """Every tensor of a model, in the order of our parameters and their layers."""
     rows, tensors = {row.path: row for row in family_of(config).rows}, []
     for path, leaf in shapes.items():
-        row = rows[path]
+        if (row := rows.get(path)) is None:
+            raise ValueError(f"the family {config.model_type!r} has no row for {path}: add one")
         stacked = "{i}" in row.name
         shape = leaf.shape[1:] if stacked else leaf.shape
         shape = shape[::-1] if row.transpose else shape

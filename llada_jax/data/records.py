@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from absl import logging
 
 from llada_jax.data.sources import raw_records
+from llada_jax.data.sources.source import BadRecord
 from llada_jax.data.templates import as_messages
 
 NAMED_BAD_RECORDS = 5  # this many skipped records are logged by name; the others are only counted
@@ -18,10 +19,6 @@ FIELDS = {
     "text": ("text",),
     "prompt": (),
 }
-
-
-class BadRecord(ValueError):
-    """Says why a record cannot be used. The caller adds the file and line of the record."""
 
 
 class BadRecords:
@@ -66,7 +63,12 @@ def read_records(
 
 
 def parse(raw: object) -> dict:
-    """Parses JSON bytes; a dict is returned as it is. Raises BadRecord for anything else."""
+    """Parses JSON bytes; a dict is returned as it is. Raises BadRecord for anything else.
+
+    A source may also yield a BadRecord in place of a record.
+    """
+    if isinstance(raw, BadRecord):
+        raise raw
     if isinstance(raw, bytes):
         try:
             escapes = rb"\ud" in raw.lower()

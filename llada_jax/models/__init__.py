@@ -10,12 +10,27 @@ from llada_jax.models.llada import LLADA
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (LLADA,)}
 
-__all__ = ["FAMILIES", "Family", "boxed_shapes", "config_from_dict", "family_of"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "architecture",
+    "boxed_shapes",
+    "config_from_dict",
+    "family_of",
+]
 
 
 def family_of(config: Any) -> Family:
     """Returns the family of a model's configuration."""
     return FAMILIES[config.model_type]
+
+
+def architecture(config: Any) -> dict[str, Any]:
+    """What makes a model compute what it does: its type, and the fields that its family names."""
+    family = family_of(config)
+    return {"model_type": family.name} | {
+        name: getattr(config, name) for name in family.architecture
+    }
 
 
 def config_from_dict(values: dict[str, Any], source: str) -> Any:

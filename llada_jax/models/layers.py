@@ -35,7 +35,7 @@ def cast(weight: Array, dtype: Any) -> Array:
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm: x / rms(x) in float32, cast back, then times the weight (spec: Model)."""
+    """RMSNorm: x / rms(x) in float32, cast back, then times the weight."""
 
     eps: float
     dtype: Any
@@ -78,7 +78,7 @@ class Linear(nn.Module):
 def rotate(
     x: Float[Array, "*b l h d"], positions: Int[Array, "*b l"], theta: float
 ) -> Float[Array, "*b l h d"]:
-    """Rotary position embedding over the whole head, in float32 (spec: Model).
+    """Rotary position embedding over the whole head, in float32.
 
     Element i of the first half is paired with element i of the second half.
     """

@@ -12,7 +12,8 @@ from llada_jax.models.family import Family, Row
 from llada_jax.models.layers import REMAT, Linear, RMSNorm, constrain, rotate
 from llada_jax.models.logps import chunked_logps, head_logits
 
-# The values that the family uses (spec: Model). Another value would need another computation.
+# The values that the family uses (its modeling_llada.py). Another value would need another
+# computation.
 _FIXED = {
     "activation_type": "silu",
     "alibi": False,
@@ -195,7 +196,9 @@ class Block(nn.Module):
 
 
 class LLaDA(nn.Module):
-    """A bidirectional transformer that predicts every token of a partly masked text (spec: Model).
+    """A bidirectional transformer that predicts every token of a partly masked text.
+
+    Source: arXiv:2502.09992 and its modeling_llada.py.
 
     - `dtype` is the type of activations, `param_dtype` the type of new parameters.
     - `remat` is a name in `REMAT`.

@@ -2,7 +2,7 @@
 
 A draw masks some response tokens of a row. Its term for one segment is the sum of
 weights[i] * log p_i over the masked tokens i. The mean of the terms over the draws estimates the
-ELBO of the segment (DESIGN: "An estimator is masks and token weights").
+ELBO of the segment.
 
 A scheme is one function and one entry in TIMES, MASKS or WEIGHTS. `draw_row` calls the functions
 of the three tables in this order. They draw no random numbers: TIMES and MASKS get uniform ones

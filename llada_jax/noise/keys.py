@@ -1,4 +1,4 @@
-"""Random keys: every random number is a function of seed, stream, row and epoch (house rule 3)."""
+"""Random keys: every random number is a function of seed, stream, row and epoch."""
 
 import jax
 from jaxtyping import Array, Int, Key

@@ -82,8 +82,8 @@ def importance_times(u: Float32[Array, "t s"], lengths: Int[Array, " s"]) -> Tim
 def official_times(u: Float32[Array, "t s"], lengths: Int[Array, " s"]) -> Times:
     """The grid of LLaDA's evaluation: l_i = ((round(k + i L / n) - 1) mod L) + 1.
 
-    k is uniform on 1..L (spec: Objectives). Biased if some i L / n ends in one half: rounding to
-    even makes even l more frequent.
+    k is uniform on 1..L. Biased if some i L / n ends in one half: rounding to even makes even l
+    more frequent. Source: its get_log_likelihood.py.
     """
     n = u.shape[0]
     length = jnp.maximum(lengths, 1)

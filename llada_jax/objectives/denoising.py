@@ -33,7 +33,8 @@ class Denoising:
 
     def for_heldout(self, n_t: int) -> "Denoising":
         """The settings for held-out samples: `n_t` exact masks, whatever training uses."""
-        return Denoising(noise.Scheme(n_t), mc_chunk=1, seed=self.seed, stream="evaluate")
+        scheme = noise.Scheme(n_t)
+        return dataclasses.replace(self, scheme=scheme, mc_chunk=1, stream="evaluate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +61,9 @@ def score_samples(
 ) -> Examples:
     """Returns the loss of every sample, [r, s]: sum over masked tokens of CE / p, divided by L.
 
-    L is the number of response tokens, p the mask probability (spec/llada.md). In pre-training a
-    row is one segment that consists of response only, so the mean over the batch is the published
-    "divided by batch x length".
+    L is the number of response tokens, p the mask probability (arXiv:2502.09992, section 2). In
+    pre-training a row is one segment that consists of response only, so the mean over the batch is
+    the published "divided by batch x length".
     """
     del frozen
     drawn = draw(batch, settings.scheme, seed=settings.seed, stream=settings.stream)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32
 
-from llada_jax import elbo, losses, noise
+from llada_jax import config, elbo, losses, noise
 from llada_jax.batch import Batch
 from llada_jax.config import key
 from llada_jax.objectives.objective import Examples, Objective, check_chunk
@@ -32,6 +32,7 @@ class Preference:
 
     def __post_init__(self):
         losses.check_preference(self.beta, self.kind, self.label_smoothing)
+        config.at_least(self, sft_weight=0)
         check_chunk(self)
 
     def for_heldout(self, n_t: int) -> "Preference":

@@ -115,7 +115,7 @@ def generate(
 
     The sampler is compiled once for each (shapes, settings, logits_fn). Raises ValueError for
     settings that are invalid or contradict each other, before it compiles.
-    Source: generate.py of LLaDA, spec/llada.md "Generation".
+    Source: generate.py of LLaDA.
     """
     settings = _Settings(
         mask_id, steps, gen_length, block_length, temperature, cfg_scale, remasking, logits_eos_inf,

@@ -108,7 +108,8 @@ def print_result(plan: Experiment, history: list[dict]):
     print(f"{'held out':<22}{first:>20}{last:>20}")
     for name in names:
         print(f"{name:<22}{_cell(before, name):>20}{_cell(after, name):>20}")
-    if SOLVE_RATE in names and before[SOLVE_RATE] < 1:
+    # A score that is no share has no share of errors.
+    if SOLVE_RATE in names and 0 <= before[SOLVE_RATE] < 1 and 0 <= after[SOLVE_RATE] <= 1:
         removed = (after[SOLVE_RATE] - before[SOLVE_RATE]) / (1 - before[SOLVE_RATE])
         count = after["solve/count"]
         print(f"{count} held-out prompts; share of the errors removed: {removed:.1%}")

@@ -4,6 +4,7 @@
 device.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -246,9 +247,10 @@ def _model(s: Settings, mesh: Mesh, tokenizer: Tokenizer | None) -> nn.Module:
     family = models.family_of(config)
     if s.reference and s.reference.reference_from:
         path = s.reference.reference_from
-        values = {k: getattr(config, k) for k in family.architecture}
         name = f"config.{s.objective.section}.reference_from"
-        _check_same(name, path, loading.read_config(path), values, "in the policy")
+        with _naming(name):
+            other = loading.read_config(path)
+        _check_same(name, path, other, models.architecture(config), "in the policy")
     if tokenizer and tokenizer.vocab_size > config.embedding_size:
         raise ValueError(
             f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model "
@@ -288,7 +290,8 @@ def _architecture(s: Settings, tokenizer: Tokenizer | None) -> Any:
     """Returns the model's configuration, from init_from or from model.arch and the tokenizer."""
     arch = s.model.arch
     if s.run.init_from:
-        config = loading.read_config(s.run.init_from)
+        with _naming("config.init_from"):
+            config = loading.read_config(s.run.init_from)
         _check_same("config.init_from", s.run.init_from, config, arch, "in model.arch")
     elif arch:
         # For a new model, the tokenizer gives the ids that model.arch does not set.
@@ -318,11 +321,13 @@ def _check_same(name: str, path: str, config: Any, values: dict, where: str):
 
 
 def _tokenizer(s: Settings) -> Tokenizer | None:
-    path = s.data.tokenizer
-    if not path and s.run.init_from:
-        path = loading.model_folder(s.run.init_from)
-    if path:
-        return tokenizer_lib.load(path)
+    if s.data.tokenizer:
+        with _naming("config.data.tokenizer"):
+            return tokenizer_lib.load(s.data.tokenizer)
+    if s.run.init_from:
+        with _naming("config.init_from"):
+            loading.read_config(s.run.init_from)  # says first what is no model at all
+            return tokenizer_lib.load(loading.model_folder(s.run.init_from))
     if s.data.train:
         raise ValueError(
             "config.data.tokenizer is not set: pass --config.data.tokenizer=FOLDER_OR_FILE"
@@ -332,12 +337,25 @@ def _tokenizer(s: Settings) -> Tokenizer | None:
 
 def _prepare_rows(d: Data, tokenizer, cache_dir: epath.Path) -> tuple[Rows, Rows | None]:
     prepare = functools.partial(rows_lib.prepare, tokenizer=tokenizer, cache_dir=cache_dir)
-    rows = prepare(d.train, packing=d.packing)
-    if d.heldout:  # take all records of the held-out source: `limit` is for the train source
+    with _naming("config.data.train"):
+        rows = prepare(d.train, packing=d.packing)
+        if d.packing.holdout:
+            heldout = dataclasses.replace(d.packing, split="heldout")
+            return rows, prepare(d.train, packing=heldout)
+    if not d.heldout:
+        return rows, None
+    with _naming("config.data.heldout"):  # all of another source
         return rows, prepare(d.heldout, packing=dataclasses.replace(d.packing, limit=0))
-    if d.packing.holdout:
-        return rows, prepare(d.train, packing=dataclasses.replace(d.packing, split="heldout"))
-    return rows, None
+
+
+@contextlib.contextmanager
+def _naming(key: str):
+    """Errors of the block begin with the key that led to them."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{key}: {error}") from error
 
 
 def _prompts(s: Settings, tokenizer, config: Any) -> tuple[list, int]:
@@ -346,9 +364,11 @@ def _prompts(s: Settings, tokenizer, config: Any) -> tuple[list, int]:
     The length is 0 without a tokenizer. Raises ValueError if there are no records, or if a prompt
     and its response are longer than the model allows.
     """
-    scorer.load_scorer(s.solve.scorer)
-    records = read_records(s.solve.prompts, "prompt")
-    prompts = list(itertools.islice(records, s.solve.limit or None))
+    with _naming("config.solve.scorer"):
+        scorer.load_scorer(s.solve.scorer)
+    with _naming("config.solve.prompts"):
+        records = read_records(s.solve.prompts, "prompt")
+        prompts = list(itertools.islice(records, s.solve.limit or None))
     if not prompts:
         raise ValueError(
             f"config.solve.prompts={s.solve.prompts} holds no record; give one that does, or none"

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from llada_jax import config, noise
+from llada_jax import config, models, noise
 from llada_jax.train.experiment import Experiment
 
 # Checkpoints of an earlier version have this entry instead of "settings". Its value is one text,
@@ -19,6 +19,7 @@ def of(plan: Experiment, reference: str) -> dict[str, Any]:
         "objective": plan.objective.name,
         "reference policy": reference,
         "settings": config.identity(plan.settings),
+        "model": models.architecture(plan.model.config),
     }
 
 
@@ -37,6 +38,9 @@ def check(
         for name in ("objective", "noise format", "data", "reference policy")
         if name in recorded and recorded[name] != mine[name]
     ]
+    for name, then in recorded.get("model", {}).items():
+        if then != mine["model"].get(name):
+            changed.append(f"model {name}={then!r}, which is {mine['model'].get(name)!r} now")
     note = ""
     if "settings" in recorded:
         defaults = config.identity(settings())

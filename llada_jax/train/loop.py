@@ -104,7 +104,7 @@ class Run:
         ):
             if evaluates_first:
                 self.evaluate(self.start)
-            # Read the metrics of a step while the next step runs (house rule 4).
+            # Read the metrics of a step while the next step runs.
             unread = None
             for step in range(self.start + 1, plan.num_steps + 1):
                 values = self.step()

@@ -31,11 +31,11 @@ class Optimizer:
         for name in ("peak", "eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0")
-        for name in ("b1", "b2", "end_fraction"):
-            if not 0 <= getattr(self, name) <= 1 or (
-                name != "end_fraction" and getattr(self, name) == 1
-            ):
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
+        if not 0 <= self.end_fraction <= 1:
+            raise ValueError(f"end_fraction={self.end_fraction} must be at least 0 and at most 1")
 
 
 def make_schedule(
@@ -59,8 +59,8 @@ def make_schedule(
         raise ValueError(f"schedule={kind!r} is not one of {', '.join(SCHEDULES)}")
     if not 0 <= warmup_steps < num_steps:
         raise ValueError(
-            f"warmup_steps={warmup_steps} must be at least 0 and below the {num_steps} steps of"
-            " the run"
+            f"warmup_steps={warmup_steps} must be at least 0 and below the {num_steps} steps of "
+            "the run: lower optimizer.warmup_steps, or raise num_steps"
         )
     if kind == "cosine":
         return optax.warmup_cosine_decay_schedule(

@@ -62,7 +62,7 @@ def numpy_weights(config, dtype=np.float32, seed=0):
 
 
 def numpy_llada(config, weights, tokens):
-    """Logits [length, embedding_size] of one row in float64, written from spec/llada.md only."""
+    """Logits [length, embedding_size] of one row in float64, from the published definition."""
     w = {
         name.removeprefix("model.transformer.").removesuffix(".weight"): np.float64(x)
         for name, x in weights.items()

@@ -292,7 +292,11 @@ def test_sources_that_cannot_be_read(tmp_path):
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     for error, source, message in (
         (FileNotFoundError, f"jsonl:{tmp_path}/nowhere.jsonl", "no file matches .*nowhere.jsonl"),
-        (ValueError, f"{tmp_path}/data.jsonl", "is none of jsonl, tfds, python; write jsonl:PATH"),
+        (
+            ValueError,
+            f"{tmp_path}/data.jsonl",
+            f"is none of {', '.join(sources.SOURCES)}; write jsonl:PATH",
+        ),
         (
             ValueError,
             f"jsonl:{tmp_path}/cut.jsonl.gz",

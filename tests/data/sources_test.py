@@ -74,7 +74,7 @@ def test_a_comma_joins_it_with_another_source(lines, write):
 
 
 def test_a_name_that_is_not_registered_is_one_line(lines):
-    with pytest.raises(ValueError, match="'line' is none of jsonl, tfds, python, lines; write"):
+    with pytest.raises(ValueError, match=f"'line' is none of {', '.join(SOURCES)}; write"):
         list(read_records(lines("1 | 2").replace("lines:", "line:", 1), "sft"))
     for source in ("lines:", "lines"):
         with pytest.raises(ValueError, match=f"^data source '{source}': [^\\n]*$"):

@@ -76,7 +76,7 @@ def torch_topk(values, k):
 def reference_generate(
     logits_fn, prompts, mask_id, steps, gen_length, block_length, cfg_scale=0.0, mask=None, **ends
 ):
-    """The published algorithm at temperature 0 (spec/llada.md): plain loops, in float64."""
+    """The published algorithm at temperature 0: plain loops, in float64."""
     batch, start = prompts.shape
     x = np.concatenate([prompts, np.full((batch, gen_length), mask_id)], 1)
     prompt_index = x != mask_id

@@ -509,10 +509,20 @@ def command(config, workdir, *more):
 @pytest.mark.parametrize(
     "config, more, status, message",
     [
-        ("vrpo_8b", ["--config.data.tran=x"], 2, 'no key .tran. Did you mean "train"'),
-        ("sft_8b", ["--config.vrpo.beta=-3"], 2, "the config has no key 'vrpo'"),
+        (
+            "vrpo_8b",
+            ["--config.data.tran=x"],
+            2,
+            'config.data.tran: .* has no key .tran.; did you mean "train"',
+        ),
+        (
+            "sft_8b",
+            ["--config.vrpo.beta=-3"],
+            2,
+            "config.vrpo.beta: configs/sft_8b.py .objective .sft.. has no key .vrpo.",
+        ),
         ("vrpo_8b", ["--config.vrpo.beta=-3"], 1, "config.vrpo.beta=-3.0 must be above 0"),
-        ("none", [], 2, "No such file or directory: .configs/none.py"),
+        ("none", [], 2, "--config=configs/none.py: there is no such file"),
         ("sft_sudoku", ["--config.init_from=nowhere"], 1, "nowhere does not exist"),
         ("sft_sudoku", ["--config.optimizer.peak=high"], 2, "could not convert string to float"),
         ("sft_sudoku", ["--dry"], 2, "unrecognized arguments: --dry"),
@@ -674,12 +684,12 @@ def arch(**values):
 
 
 BAD_SFT = [
-    ({"init_from": "/nowhere/model"}, "/nowhere/model does not exist"),
+    ({"init_from": "/nowhere/model"}, "config.init_from: /nowhere/model does not exist"),
     ({"data.train": ""}, "data.train is not set: pass --config.data.train="),
     ({"data.train": "jsonl:/nowhere.jsonl"}, "no file matches '/nowhere.jsonl'"),
     ({"data.train": "/nowhere.jsonl"}, "write jsonl:PATH"),
     ({"data.tokenizer": ""}, "data.tokenizer is not set"),
-    ({"data.tokenizer": "/nowhere"}, "tokenizer /nowhere does not exist"),
+    ({"data.tokenizer": "/nowhere"}, "config.data.tokenizer: tokenizer /nowhere does not"),
     ({"data.batch_rows": 12}, "data.batch_rows=12 is not a multiple of 8"),
     ({"data.batch_rows": 0}, "config.data.batch_rows=0 must be at least 1"),
     (
@@ -720,7 +730,7 @@ BAD_SFT = [
         {"solve.gen_length": 64, "solve.steps": 4},
         "a prompt of 17 tokens and solve.gen_length=64 exceed the model.*=66",
     ),
-    ({"solve.scorer": "llada_jax.tasks.sudoku:none"}, "has no function none"),
+    ({"solve.scorer": "llada_jax.tasks.sudoku:none"}, "config.solve.scorer: .* no function none"),
     (
         {"solve.block_length": 8, "solve.steps": 3},
         "config.solve.steps=3 is not a positive multiple of the 2 blocks",
@@ -747,6 +757,7 @@ BAD_VRPO = [
     ({"vrpo.kind": "kto"}, "config.vrpo.kind='kto' is not one of sigmoid, ipo, hinge, robust"),
     ({"vrpo.mc_chunk": 3}, "config.vrpo.mc_chunk=3 does not divide n_t x n_yt = 2"),
     ({"vrpo.beta": 0.0}, "config.vrpo.beta=0.0 must be above 0"),
+    ({"vrpo.sft_weight": -1.0}, "config.vrpo.sft_weight=-1.0 must be at least 0"),
     (
         {"data.row_length": 16},
         "gives no sample .*too_long_dropped .*raise row_length or set data.too_long",
@@ -779,6 +790,13 @@ def test_bad_input_of_vrpo_is_one_line(vrpo, sft, tmp_path, change, message):
 def test_a_misspelt_key_in_a_config_file_is_an_error():
     with pytest.raises(AttributeError, match='Did you mean "train" instead of "trian"'):
         base.get_config("sft").data.trian = "jsonl:x"
+
+
+def test_another_architecture_of_the_same_shape_cannot_continue_a_run(sft, monkeypatch):
+    monkeypatch.setattr(loop, "jit_update", None)  # an error before that
+    with pytest.raises(ValueError, match="model rope_theta=500000.0, which is 7.0 now") as e:
+        run(SFT | arch(rope_theta=7.0), sft)
+    assert "\n" not in str(e.value)
 
 
 def test_an_objective_that_is_not_there_is_one_line():
