@@ -1,23 +1,31 @@
-"""The compiled sampler: LLaDA's `generate.py`, with the same tokens at temperature 0.
+"""The compiled sampler: one loop over passes, for every commit rule and confidence.
 
 `logits_fn(tokens [B, L], attention_mask [B, L] or None) -> logits [B, L, V]`. Pass a model as
 `jax.tree_util.Partial(model.apply, {"params": params})`. In a plain closure the parameters would
-be compiled in as constants, and every new closure would compile again. This file works with arrays
-only; `python -m llada_jax.sampling` opens models and tokenizers.
+be compiled in as constants, and every new closure would compile again. A function that also takes
+`positions` gets the RoPE positions of left-padded rows. This file works with arrays only;
+`python -m llada_jax.sampling` opens models and tokenizers.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
+from llada_jax.sampling import candidates as candidates_lib
+from llada_jax.sampling import unmasking
+from llada_jax.sampling.model import call
 from llada_jax.sampling.torch_ties import most_confident
+from llada_jax.sampling.trace import Trace
+from llada_jax.sampling.unmasking import COMMITS, CONFIDENCES, Numbers
 
-REMASKING = ("low_confidence", "random")
+INFILLS = ("all", "published")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +37,20 @@ class _Settings:
     gen_length: int
     block_length: int
     temperature: float | int
+    top_k: int | None
+    top_p: float | int | None
     cfg_scale: float | int
     remasking: str
+    commit: str
+    numbers: Numbers
     logits_eos_inf: bool
     confidence_eos_eot_inf: bool
     eos_id: int | None
     eot_id: int | None
+    stop_at_eos: bool
+    infill: str
+    lockstep: bool
+    trace: bool
 
 
 def check_schedule(steps: int, gen_length: int, block_length: int) -> None:
@@ -51,10 +67,20 @@ def check_schedule(steps: int, gen_length: int, block_length: int) -> None:
         )
 
 
+def _one_of(name: str, value: str, table) -> None:
+    if value not in table:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(table)}")
+
+
 def _check(s: _Settings, has_key: bool) -> None:
-    check_schedule(s.steps, s.gen_length, s.block_length)
-    if s.remasking not in REMASKING:
-        raise ValueError(f"remasking={s.remasking!r} is not one of {', '.join(REMASKING)}")
+    _one_of("commit", s.commit, COMMITS)
+    rule = COMMITS[s.commit]
+    blocks = s.gen_length // max(s.block_length, 1)
+    # Only the schedule reads `steps`.
+    check_schedule(s.steps if rule.scheduled else max(blocks, 1), s.gen_length, s.block_length)
+    _one_of("remasking", s.remasking, CONFIDENCES)
+    _one_of("infill", s.infill, INFILLS)
+    _check_numbers(s)
     if not s.temperature >= 0 or not s.cfg_scale >= 0:
         raise ValueError(
             f"temperature={s.temperature}, cfg_scale={s.cfg_scale}: neither may be negative"
@@ -63,14 +89,50 @@ def _check(s: _Settings, has_key: bool) -> None:
         raise ValueError(
             f"temperature={s.temperature} draws at random: give key=jax.random.key(seed)"
         )
-    if not has_key and s.remasking == "random":
-        raise ValueError('remasking="random" draws at random: give key=jax.random.key(seed)')
+    if not has_key and CONFIDENCES[s.remasking].random:
+        raise ValueError(
+            f'remasking="{s.remasking}" draws at random: give key=jax.random.key(seed)'
+        )
+    for name, value in (("top_k", s.top_k), ("top_p", s.top_p)):
+        if value is not None and s.temperature == 0:
+            raise ValueError(f"{name}={value} has no effect at temperature=0: raise it or leave it")
+    if s.top_k is not None and s.top_k < 1:
+        raise ValueError(f"top_k={s.top_k} must be at least 1")
+    if s.top_p is not None and not 0 < s.top_p <= 1:
+        raise ValueError(f"top_p={s.top_p} must be above 0 and at most 1")
     if s.logits_eos_inf and s.eos_id is None:
         raise ValueError("logits_eos_inf=True forbids the EOS token: give its eos_id")
+    if s.stop_at_eos and s.eos_id is None:
+        raise ValueError("stop_at_eos=True stops at the EOS token: give its eos_id")
+    if s.stop_at_eos and s.logits_eos_inf:
+        raise ValueError("stop_at_eos=True waits for EOS, which logits_eos_inf=True forbids")
     if s.confidence_eos_eot_inf and s.eos_id is None and s.eot_id is None:
         raise ValueError(
             "confidence_eos_eot_inf=True distrusts EOS and EoT: give eos_id, eot_id or both"
         )
+
+
+def _check_numbers(s: _Settings) -> None:
+    rule = COMMITS[s.commit]
+    for field in dataclasses.fields(Numbers):
+        value = getattr(s.numbers, field.name)
+        if (value is None) == (field.name in rule.needs):
+            raise ValueError(
+                f'commit="{s.commit}" needs {field.name}=...'
+                if value is None
+                else f'{field.name}={value} has no effect with commit="{s.commit}": leave it or '
+                "choose the rule that reads it"
+            )
+        if value is not None and not np.isfinite(value):
+            raise ValueError(f"{field.name}={value} is no finite number")
+    if rule.probability and not CONFIDENCES[s.remasking].probability:
+        raise ValueError(
+            f'commit="{s.commit}" compares probabilities, and remasking="{s.remasking}" has none'
+        )
+    for name in ("factor", "entropy_budget"):
+        value = getattr(s.numbers, name)
+        if value is not None and value < 0:
+            raise ValueError(f"{name}={value} may not be negative")
 
 
 def generate(
@@ -90,44 +152,81 @@ def generate(
     eos_id: int | None = None,
     eot_id: int | None = None,
     key=None,
-) -> Array:
+    commit: str = "schedule",
+    threshold: float | int | None = None,
+    factor: float | int | None = None,
+    entropy_budget: float | int | None = None,
+    top_k: int | None = None,
+    top_p: float | int | None = None,
+    allowed=None,
+    suffix=None,
+    stop_at_eos: bool = False,
+    infill: str = "all",
+    lockstep: bool = False,
+    row_ids=None,
+    trace: bool = False,
+) -> Any:
     """Generates responses by block-wise iterative unmasking.
 
     Takes prompts `[B, Lp]` and returns tokens `[B, Lp + gen_length]` int32, prompt first. The
-    response starts as masks and is filled block by block, each of block_length tokens. The `steps`
-    are divided equally over the blocks. Each step predicts every position and commits the most
-    confident tokens of the block; a committed token never changes.
+    response starts as masks and is filled block by block, each of block_length tokens. Each pass
+    predicts every position and commits some predictions, chosen by the commit rule; a committed
+    token never changes. In float32 a row's tokens do not depend on the other rows, on its place in
+    the batch, or on its padding.
 
+    steps: passes for the whole response, divided equally over the blocks. Only the "schedule"
+        reads them; the other rules take as many passes as they need, at most one a token.
     temperature: T > 0 draws candidates with Gumbel noise: argmax of logits - T log(-log u), in
         float32. The confidence still comes from the logits without noise. Needs `key`.
+    top_k, top_p: at T > 0 only the k most probable tokens, or those that make up the probability p,
+        can be drawn.
+    allowed: `[V]` bool, the tokens that may be generated; None for all.
     cfg_scale: s > 0 applies classifier-free guidance: un + (s + 1) (cond - un), where un are the
         logits with the whole prompt masked. Both run in one batch of 2B.
-    remasking: "low_confidence" takes the candidate's probability as its confidence; "random" takes
-        uniform noise and needs `key`.
+    remasking: the confidence, a name in CONFIDENCES: "low_confidence" (the candidate's
+        probability), "margin" (the gap between the two best), "entropy" (minus the entropy),
+        "random" (uniform noise, needs `key`), "softmax" (the probability rounded to float32, as in
+        the published code: probabilities near 1 tie).
+    commit: the commit rule, a name in COMMITS: "schedule" (by `steps`); "threshold" (all at least
+        that confident); "factor" (Fast-dLLM's rule) or "factor_published" (as its code has it);
+        "entropy" (EB-Sampler, `entropy_budget` in nats).
     attention_mask: `[B, Lp]`, 0 = not attended to; marks the left-padding of prompts. logits_fn
-        gets it extended by ones over the response, or None if it is None.
+        gets it extended by ones over the response, or None if it is None. With a mask, a logits_fn
+        that takes `positions` gets those counted from the row's first attended token.
     logits_eos_inf: forbids EOS.
     confidence_eos_eot_inf: gives EOS and EoT no confidence, so that they are committed last. This
         applies to both at any temperature; the published code exempts EOS at T > 0.
+    suffix: `[B, Ls]`, text after the response; it is part of the result. Masks in it are filled
+        with the last block.
+    stop_at_eos: stops a row once EOS is committed and all before it is committed. What follows the
+        EOS becomes EOS. Tokens up to it are the same as without.
+    infill: "all" fills every mask, those of the prompt too: they compete with the first block, and
+        a block that begins with m open positions up to its end commits m. The mask token is no
+        candidate. "published" imitates the published loops: only the masks of a block are counted
+        in its schedule, all masks up to its end compete for it, and a mask token that is committed
+        stays a mask. Masks are then left if the prompt has some.
+    lockstep: rows begin each block together, as published. By default a row goes on alone, which
+        needs fewer passes and writes the same tokens.
+    row_ids: `[B]` int, numbers that tell the random draws of rows apart; by default 0, 1, ... A row
+        with the same key, number and prompt draws the same in any batch.
+    trace: returns a `Trace`, which also has the pass and the confidence of each commit.
 
-    Ties between confidences are broken as in torch on a CPU, with one exception: if k > 1 tokens
-    are committed at once in a row of 64 k or more positions, the first positions win.
+    Ties between confidences are broken as in torch on a CPU for a row that is alone and not padded,
+    with one exception: if k > 1 tokens are committed at once in a row of 64 k or more positions,
+    the first positions win.
 
     The sampler is compiled once for each (shapes, settings, logits_fn). Raises ValueError for
     settings that are invalid or contradict each other, before it compiles.
-    Source: generate.py of LLaDA, spec/llada.md "Generation".
+    Source: generate.py of LLaDA, spec/llada.md "Generation"; spec/samplers.md.
     """
     settings = _Settings(
-        mask_id, steps, gen_length, block_length, temperature, cfg_scale, remasking, logits_eos_inf,
-        confidence_eos_eot_inf, eos_id, eot_id,
+        mask_id, steps, gen_length, block_length, temperature, top_k, top_p, cfg_scale, remasking,
+        commit, Numbers(threshold, factor, entropy_budget), logits_eos_inf, confidence_eos_eot_inf,
+        eos_id, eot_id, stop_at_eos, infill, lockstep, trace,
     )  # fmt: skip
     _check(settings, key is not None)
-    prompts = jnp.asarray(prompts)
-    if prompts.ndim != 2 or not jnp.issubdtype(prompts.dtype, jnp.integer):
-        raise ValueError(
-            f"prompts are {prompts.dtype}{list(prompts.shape)}:"
-            " give token ids of shape [batch, length]"
-        )
+    prompts = _ids("prompts", prompts)
+    batch = prompts.shape[0]
     if attention_mask is not None:
         attention_mask = jnp.asarray(attention_mask)
         if attention_mask.shape != prompts.shape:
@@ -136,83 +235,297 @@ def generate(
                 f" {list(prompts.shape)}: it has one entry for each prompt token,"
                 " and is extended over the response"
             )
+    if suffix is not None:
+        suffix = _ids("suffix", suffix)
+        if suffix.shape[0] != batch:
+            raise ValueError(f"suffix has {suffix.shape[0]} rows, the prompts {batch}")
+    row_ids = jnp.arange(batch) if row_ids is None else jnp.asarray(row_ids)
+    if row_ids.shape != (batch,):
+        raise ValueError(f"row_ids have shape {list(row_ids.shape)}: give one for each prompt")
+    if allowed is not None:
+        allowed = jnp.asarray(allowed)
+        if allowed.ndim != 1 or allowed.dtype != bool:
+            raise ValueError(
+                f"allowed is {allowed.dtype}{list(allowed.shape)}: give a bool for each token id"
+            )
     if not isinstance(logits_fn, Partial):
         logits_fn = Partial(logits_fn)
-    return _generate(logits_fn, prompts, attention_mask, key, settings)
+    return _generate(logits_fn, prompts, attention_mask, suffix, allowed, key, row_ids, settings)
+
+
+def _ids(name: str, ids) -> Array:
+    ids = jnp.asarray(ids)
+    if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(
+            f"{name} are {ids.dtype}{list(ids.shape)}: give token ids of shape [batch, length]"
+        )
+    return ids.astype(jnp.int32)
+
+
+@dataclasses.dataclass
+class _Text:
+    """What stays the same through all passes."""
+
+    start: int  # where the response begins
+    length: int
+    is_prompt: Array  # [b, l] given tokens: masked in the unconditional input
+    may_open: Array  # [b, l] not padding
+    attention_mask: Array | None  # [b, l]
+    padding: Array  # [b] positions before the first real token
+    positions: Array | None  # [b, l] of RoPE; None: 0, 1, ...
 
 
 @functools.partial(jax.jit, static_argnames="s")
-def _generate(
-    logits_fn, prompts: Int[Array, "b p"], attention_mask, key, s: _Settings
-) -> Int[Array, "b l"]:
+def _generate(logits_fn, prompts, attention_mask, suffix, allowed, key, row_ids, s: _Settings):
     batch, start = prompts.shape
-    length = start + s.gen_length
-    tokens = (
-        jnp.full((batch, length), s.mask_id, jnp.int32).at[:, :start].set(prompts.astype(jnp.int32))
-    )
-    is_prompt = tokens != s.mask_id
+    parts = [prompts, jnp.full((batch, s.gen_length), s.mask_id, jnp.int32)]
+    tokens = jnp.concatenate(parts if suffix is None else [*parts, suffix], 1)
+    length = tokens.shape[1]
+    padding, positions = jnp.zeros(batch, jnp.int32), None
+    may_open = jnp.ones(tokens.shape, bool)
     if attention_mask is not None:
         attention_mask = jnp.pad(
-            attention_mask.astype(jnp.int32), ((0, 0), (0, s.gen_length)), constant_values=1
+            attention_mask.astype(jnp.int32),
+            ((0, 0), (0, length - start)),
+            constant_values=1,
         )
+        may_open = attention_mask != 0
+        padding = jnp.argmax(may_open, 1).astype(jnp.int32)
+        positions = jnp.maximum(jnp.arange(length, dtype=jnp.int32) - padding[:, None], 0)
+    text = _Text(start, length, tokens != s.mask_id, may_open, attention_mask, padding, positions)
+    keys = None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(row_ids)
+    passes = functools.partial(_full_pass, logits_fn, text, allowed, keys, s)
 
     blocks = s.gen_length // s.block_length
-    # With more steps than tokens in a block, the published schedule has steps that commit nothing.
-    # We skip them.
-    block_steps = min(s.steps // blocks, s.block_length)
-    least, extra = divmod(s.block_length, block_steps)
+    state = {
+        "tokens": tokens,
+        "block": jnp.zeros(batch, jnp.int32),
+        "step": jnp.zeros(batch, jnp.int32),  # passes of the row in its block
+        "row_passes": jnp.zeros(batch, jnp.int32),
+        "passes": jnp.int32(0),
+    }
+    state["planned"] = _planned(tokens, state["block"], text, s)
+    if s.trace:
+        given = (tokens != s.mask_id) | ~may_open
+        state["steps"] = jnp.where(given, 0, -1)
+        state["confidence"] = jnp.full(tokens.shape, jnp.nan, jnp.float32)
+    state = jax.lax.while_loop(lambda state: jnp.any(state["block"] < blocks), passes, state)
 
-    def predict(tokens):
-        if s.cfg_scale == 0:
-            return logits_fn(tokens, attention_mask).astype(jnp.float32)
-        both = jnp.concatenate([tokens, jnp.where(is_prompt, s.mask_id, tokens)])
-        both_mask = (
-            None if attention_mask is None else jnp.concatenate([attention_mask, attention_mask])
-        )
-        conditional, unconditional = jnp.split(logits_fn(both, both_mask).astype(jnp.float32), 2)
-        return unconditional + (s.cfg_scale + 1) * (conditional - unconditional)
+    tokens = state["tokens"]
+    if s.stop_at_eos:
+        after, _ = _after_eos(tokens, text, s)
+        tokens = jnp.where(after & _open(tokens, text, s), s.eos_id, tokens)
+    if not s.trace:
+        return tokens
+    return Trace(tokens, *(state[k] for k in ("steps", "confidence", "passes", "row_passes")))
 
-    def commit(i, tokens):
-        block, step = i // block_steps, i % block_steps
-        logits = predict(tokens)
-        _check_vocabulary(logits, tokens, s)
-        noise_key, order_key = (
-            (None, None) if key is None else jax.random.split(jax.random.fold_in(key, i))
-        )
 
-        if s.logits_eos_inf:
-            logits = _forbid(logits, s.eos_id)
-        noisy = logits
-        if s.temperature > 0:
-            noisy = logits + s.temperature * jax.random.gumbel(noise_key, logits.shape, jnp.float32)
-        candidates = jnp.argmax(noisy, -1).astype(jnp.int32)
+def _open(tokens, text: _Text, s: _Settings):
+    """The masks [b, l] that can be filled. By value: a mask token in the prompt is open too."""
+    return (tokens == s.mask_id) & text.may_open
 
-        if s.remasking == "random":
-            confidence = jax.random.uniform(order_key, tokens.shape)
-        else:
-            if s.confidence_eos_eot_inf:
-                # As published: take them out of the softmax, so the other tokens get their share.
-                for end_id in {s.eos_id, s.eot_id} - {None}:
-                    logits = _forbid(logits, end_id)
-            peak = jnp.max(logits, -1)
-            candidate_logits = jnp.take_along_axis(logits, candidates[..., None], -1)[..., 0]
-            confidence = jnp.exp(candidate_logits - peak) / jnp.sum(
-                jnp.exp(logits - peak[..., None]), -1
+
+def _bounds(block, text: _Text, s: _Settings):
+    """Where a block begins, and up to where masks compete in it [b, 1]."""
+    first = text.start + block[:, None] * s.block_length
+    last = block[:, None] >= s.gen_length // s.block_length - 1
+    # Masks after the response compete with the last block.
+    return first, jnp.where(last, text.length, first + s.block_length)
+
+
+def _counted(tokens, block, text: _Text, s: _Settings):
+    """The open positions [b, l] that a block must fill."""
+    first, end = _bounds(block, text, s)
+    places = jnp.arange(text.length)
+    counted = _open(tokens, text, s) & (places < end)
+    return counted & (places >= first) if s.infill == "published" else counted
+
+
+def _planned(tokens, block, text: _Text, s: _Settings):
+    """The number [b] of positions that a block is to commit, counted when it begins."""
+    return jnp.sum(_counted(tokens, block, text, s), 1, dtype=jnp.int32)
+
+
+def _after_eos(tokens, text: _Text, s: _Settings):
+    """The response positions [b, l] after the first EOS, and whether all before it is filled."""
+    places = jnp.arange(text.length)
+    response = (places >= text.start) & (places < text.start + s.gen_length)
+    is_eos = (tokens == s.eos_id) & response
+    first = jnp.where(jnp.any(is_eos, 1), jnp.argmax(is_eos, 1), text.length)[:, None]
+    filled = ~jnp.any(_open(tokens, text, s) & (places < first), 1)
+    return response & (places > first), filled & (first[:, 0] < text.length)
+
+
+def _full_pass(logits_fn, text: _Text, allowed, keys, s: _Settings, state):
+    """One pass over all positions; a row that is done with its block moves to the next."""
+    tokens = state["tokens"]
+    logits = _guided(functools.partial(call, logits_fn), tokens, text, s)
+    _check_vocabulary(logits, tokens, s)
+    state = _commit(state, logits, text, allowed, keys, s)
+    return _advance(state, tokens, text, s)
+
+
+def _guided(predict, tokens, text: _Text, s: _Settings):
+    """Float32 logits of all positions, with classifier-free guidance."""
+    rest = (text.attention_mask, text.positions)
+    if s.cfg_scale == 0:
+        return predict(tokens, *rest).astype(jnp.float32)
+    both = jnp.concatenate([tokens, jnp.where(text.is_prompt, s.mask_id, tokens)])
+    rest = tuple(None if x is None else jnp.concatenate([x, x]) for x in rest)
+    conditional, unconditional = jnp.split(predict(both, *rest).astype(jnp.float32), 2)
+    return unconditional + (s.cfg_scale + 1) * (conditional - unconditional)
+
+
+def _active(state, s: _Settings):
+    """The rows [b] that take part in this pass."""
+    block, blocks = state["block"], s.gen_length // s.block_length
+    return (block < blocks) & (block == jnp.min(block) if s.lockstep else True)
+
+
+def _commit(state, logits, text: _Text, allowed, keys, s: _Settings):
+    """The state after the commits of a pass with these logits [b, l, v]."""
+    tokens, step = state["tokens"], state["step"]
+    rule, confidence = COMMITS[s.commit], CONFIDENCES[s.remasking]
+    if s.logits_eos_inf:
+        logits = candidates_lib.forbid(logits, s.eos_id)
+    if allowed is not None:
+        if allowed.shape[0] != logits.shape[-1]:
+            raise ValueError(
+                f"allowed has {allowed.shape[0]} entries, the vocabulary {logits.shape[-1]}"
             )
+        logits = candidates_lib.allow(logits, allowed)
+    gumbel, uniform = _noise(state, keys, logits.shape, text, s)
 
-        # As published, a mask token in the prompt can be filled from the first block on. If the
-        # candidate is the mask token, the position stays masked.
-        within = jnp.arange(length) < start + (block + 1) * s.block_length
-        confidence = jnp.where((tokens == s.mask_id) & within, confidence, -jnp.inf)
-        chosen = most_confident(confidence, least + (step < extra), least + (extra > 0))
-        return jnp.where(chosen, candidates, tokens)
+    drawn = logits
+    if s.infill == "all":
+        # The confidence keeps the share of the mask token. Where the published loop leaves no
+        # mask, it never commits a position whose candidate is the mask token, nor does this one.
+        drawn = candidates_lib.forbid(logits, s.mask_id)
+    draw = functools.partial(
+        candidates_lib.draw, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p
+    )
+    candidates = jax.vmap(draw)(drawn, gumbel)
 
-    return jax.lax.fori_loop(0, blocks * block_steps, commit, tokens)
+    if s.confidence_eos_eot_inf:
+        # As published: take them out of the softmax, so the other tokens get their share.
+        for end_id in sorted({s.eos_id, s.eot_id} - {None}):
+            logits = candidates_lib.forbid(logits, end_id)
+    score = jax.vmap(confidence.score)(logits, candidates, uniform)
+    _, end = _bounds(state["block"], text, s)
+    active = _active(state, s)
+    competes = _open(tokens, text, s) & (jnp.arange(text.length) < end) & active[:, None]
+
+    block_steps = max(s.steps // (s.gen_length // s.block_length), 1)
+    least, extra = jnp.divmod(state["planned"], block_steps)
+    quota = least + (step < extra)
+    if s.infill == "all":
+        # Positions of the block that could not be filled in its steps are filled after them.
+        quota = jnp.where(step < block_steps, quota, jnp.maximum(least, 1))
+    row = unmasking.Row(
+        competes,
+        score,
+        _ranks(score, competes, quota, text.padding, rule.scheduled),
+        quota,
+        jax.vmap(unmasking.entropy)(logits) if rule.entropy else jnp.zeros_like(score),
+    )
+    choose = functools.partial(rule.choose, numbers=s.numbers, limit=confidence.limit)
+    chosen = jax.vmap(choose)(row) & competes
+
+    # If the candidate is the mask token, the position stays masked.
+    new = {
+        **state,
+        "tokens": jnp.where(chosen, candidates, tokens),
+        "passes": state["passes"] + 1,
+        "row_passes": state["row_passes"] + jnp.any(competes, 1),
+        "step": step + active,
+    }
+    if s.trace:
+        filled = chosen & (candidates != s.mask_id)
+        new["steps"] = jnp.where(filled, new["passes"], state["steps"])
+        new["confidence"] = jnp.where(filled, confidence.value(score), state["confidence"])
+    return new
 
 
-def _forbid(logits, token_id: int):
-    # Unlike an indexed update, `where` can be fused with other operations.
-    return jnp.where(jnp.arange(logits.shape[-1]) == token_id, -jnp.inf, logits)
+def _noise(state, keys, shape, text: _Text, s: _Settings):
+    """Gumbel noise [b, l, v] and uniform noise [b, l], each None if it is not needed.
+
+    A draw depends on the row's key, its pass, and the position counted from its first real token.
+    """
+    gumbel, uniform = s.temperature > 0, CONFIDENCES[s.remasking].random
+    if not (gumbel or uniform):
+        return None, None
+
+    def at(key, place):
+        first, second = jax.random.split(jax.random.fold_in(key, place))
+        return (
+            jax.random.gumbel(first, shape[-1:], jnp.float32) if gumbel else None,
+            jax.random.uniform(second) if uniform else None,
+        )
+
+    def of_row(key, row_pass, places):
+        return jax.vmap(at, (None, 0))(jax.random.fold_in(key, row_pass), places)
+
+    places = jnp.arange(text.length) - text.padding[:, None]
+    return jax.vmap(of_row)(keys, state["row_passes"], jnp.maximum(places, 0))
+
+
+def _ranks(score, competes, quota, padding, torch_ties: bool):
+    """The rank [b, l] of each competing position, 0 for the most confident; l and more elsewhere.
+
+    Equal scores: the first position is the most confident. With torch_ties the first `quota` are
+    those that torch.topk would choose in a row that is not padded.
+    """
+    batch, length = score.shape
+    places = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), score.shape)
+    closed = (~competes).astype(jnp.int32)
+
+    def rank(*keys):
+        order = jax.lax.sort((closed, *keys, places), num_keys=len(keys) + 1, is_stable=True)[-1]
+        rank = jnp.zeros_like(places).at[jnp.arange(batch)[:, None], order].set(places)
+        return jnp.where(competes, rank, length + rank)
+
+    ranks = rank(-score)
+    if not torch_ties:
+        return ranks
+    # Levels instead of scores: positions that do not compete have the lowest of all in torch.
+    ordered = -jax.lax.sort((closed, -score), num_keys=2)[1]
+    steps = jnp.pad(ordered[:, 1:] != ordered[:, :-1], ((0, 0), (1, 0)))
+    level = jnp.cumsum(steps, 1)
+    level = jnp.take_along_axis(level, jnp.where(competes, ranks, 0), 1)
+    value = jnp.where(competes, -level.astype(jnp.float32), -jnp.inf)
+    shift = (places + padding[:, None]) % length
+    chosen = most_confident(
+        jnp.take_along_axis(value, shift, 1), quota.astype(jnp.int32), length - padding
+    )
+    chosen = jnp.take_along_axis(chosen, (places - padding[:, None]) % length, 1)
+    return rank((~chosen).astype(jnp.int32), ranks)
+
+
+def _advance(state, before, text: _Text, s: _Settings):
+    """The state in which rows that are done with their block begin the next."""
+    tokens, block = state["tokens"], state["block"]
+    done = ~jnp.any(_counted(tokens, block, text, s), 1)
+    if s.infill == "published":
+        if COMMITS[s.commit].scheduled:
+            done |= state["step"] >= s.steps // (s.gen_length // s.block_length)
+        elif s.temperature == 0:
+            # Without this, a candidate that is the mask token would be committed for ever.
+            done |= ~jnp.any(tokens != before, 1) & _active(state, s)
+    blocks = s.gen_length // s.block_length
+    if s.stop_at_eos:
+        block = jnp.where(_after_eos(tokens, text, s)[1], blocks, block)
+    now = block < blocks
+    if s.lockstep:
+        # A row that is done waits, with nothing left to commit, until all are.
+        now &= jnp.all(done | ~now)
+    moves = now & done
+    block = block + moves
+    return {
+        **state,
+        "block": block,
+        "step": jnp.where(moves, 0, state["step"]),
+        "planned": jnp.where(moves, _planned(tokens, block, text, s), state["planned"]),
+    }
 
 
 def _check_vocabulary(logits, tokens, s: _Settings) -> None:
