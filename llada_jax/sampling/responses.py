@@ -28,7 +28,7 @@ def sample_responses(
     batch_size: int,
     gen_length: int,
     key=None,
-    row_ids: Sequence[int] | None = None,
+    row_ids: Sequence[int] | np.ndarray | None = None,
     progress: Callable[[int, int], object] | None = None,
     **settings,
 ) -> np.ndarray:
