@@ -2,6 +2,7 @@
 
 import argparse
 
+from llada_jax.sampling.cache import CACHES
 from llada_jax.sampling.unmasking import COMMITS, CONFIDENCES
 
 
@@ -39,6 +40,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--entropy_budget", type=float, help='of commit "entropy": nats; higher commits more'
     )
     parser.add_argument(
+        "--cache", choices=tuple(CACHES), default="none", help="keys and values that are kept"
+    )
+    parser.add_argument(
+        "--refresh", type=int, help="with a cache: compute all in every so many passes of a block"
+    )
+    parser.add_argument(
         "--stop_at_eos", action="store_true", help="stop once EOS and all before it is written"
     )
     parser.add_argument("--logits_eos_inf", action="store_true", help="never sample EOS")
@@ -62,6 +69,8 @@ def settings_of(args: argparse.Namespace) -> dict:
         "threshold",
         "factor",
         "entropy_budget",
+        "cache",
+        "refresh",
         "stop_at_eos",
         "logits_eos_inf",
         "confidence_eos_eot_inf",

@@ -20,6 +20,7 @@ from jaxtyping import Array
 
 from llada_jax.sampling import candidates as candidates_lib
 from llada_jax.sampling import unmasking
+from llada_jax.sampling.cache import CACHES, cached_model, call_cached
 from llada_jax.sampling.model import call
 from llada_jax.sampling.torch_ties import most_confident
 from llada_jax.sampling.trace import Trace
@@ -50,6 +51,8 @@ class _Settings:
     stop_at_eos: bool
     infill: str
     lockstep: bool
+    cache: str
+    refresh: int | None
     trace: bool
 
 
@@ -80,7 +83,13 @@ def _check(s: _Settings, has_key: bool) -> None:
     check_schedule(s.steps if rule.scheduled else max(blocks, 1), s.gen_length, s.block_length)
     _one_of("remasking", s.remasking, CONFIDENCES)
     _one_of("infill", s.infill, INFILLS)
+    _one_of("cache", s.cache, CACHES)
     _check_numbers(s)
+    _check_draws(s, has_key)
+    _check_ends(s)
+
+
+def _check_draws(s: _Settings, has_key: bool) -> None:
     if not s.temperature >= 0 or not s.cfg_scale >= 0:
         raise ValueError(
             f"temperature={s.temperature}, cfg_scale={s.cfg_scale}: neither may be negative"
@@ -100,6 +109,9 @@ def _check(s: _Settings, has_key: bool) -> None:
         raise ValueError(f"top_k={s.top_k} must be at least 1")
     if s.top_p is not None and not 0 < s.top_p <= 1:
         raise ValueError(f"top_p={s.top_p} must be above 0 and at most 1")
+
+
+def _check_ends(s: _Settings) -> None:
     if s.logits_eos_inf and s.eos_id is None:
         raise ValueError("logits_eos_inf=True forbids the EOS token: give its eos_id")
     if s.stop_at_eos and s.eos_id is None:
@@ -129,6 +141,10 @@ def _check_numbers(s: _Settings) -> None:
         raise ValueError(
             f'commit="{s.commit}" compares probabilities, and remasking="{s.remasking}" has none'
         )
+    if s.refresh is not None and s.cache == "none":
+        raise ValueError(f'refresh={s.refresh} has no effect with cache="none": leave it')
+    if s.refresh is not None and s.refresh < 1:
+        raise ValueError(f"refresh={s.refresh} must be at least 1")
     for name in ("factor", "entropy_budget"):
         value = getattr(s.numbers, name)
         if value is not None and value < 0:
@@ -163,6 +179,8 @@ def generate(
     stop_at_eos: bool = False,
     infill: str = "all",
     lockstep: bool = False,
+    cache: str = "none",
+    refresh: int | None = None,
     row_ids=None,
     trace: bool = False,
 ) -> Any:
@@ -206,7 +224,12 @@ def generate(
         in its schedule, all masks up to its end compete for it, and a mask token that is committed
         stays a mask. Masks are then left if the prompt has some.
     lockstep: rows begin each block together, as published. By default a row goes on alone, which
-        needs fewer passes and writes the same tokens.
+        needs fewer passes and writes the same tokens. With a cache they always wait.
+    cache: a name in CACHES. "none" computes the whole text in each pass; "prefix" keeps the keys
+        and values of what is before the block, "dual" those of what is after it too. They are
+        computed anew when a block begins, so the tokens may differ from those without a cache.
+        logits_fn must be a `Partial(model.apply, variables)` of a model that offers `with_cache`.
+    refresh: computes the whole text in every so many passes of a block; 1 is the same as no cache.
     row_ids: `[B]` int, numbers that tell the random draws of rows apart; by default 0, 1, ... A row
         with the same key, number and prompt draws the same in any batch.
     trace: returns a `Trace`, which also has the pass and the confidence of each commit.
@@ -222,9 +245,14 @@ def generate(
     settings = _Settings(
         mask_id, steps, gen_length, block_length, temperature, top_k, top_p, cfg_scale, remasking,
         commit, Numbers(threshold, factor, entropy_budget), logits_eos_inf, confidence_eos_eot_inf,
-        eos_id, eot_id, stop_at_eos, infill, lockstep, trace,
+        eos_id, eot_id, stop_at_eos, infill, lockstep or cache != "none", cache, refresh, trace,
     )  # fmt: skip
     _check(settings, key is not None)
+    if cache != "none" and cached_model(logits_fn) is None:
+        raise ValueError(
+            f'cache="{cache}" needs the model itself: give logits_fn=jax.tree_util.Partial('
+            "model.apply, variables) of a model that has init_cache and with_cache"
+        )
     prompts = _ids("prompts", prompts)
     batch = prompts.shape[0]
     if attention_mask is not None:
@@ -294,9 +322,8 @@ def _generate(logits_fn, prompts, attention_mask, suffix, allowed, key, row_ids,
         positions = jnp.maximum(jnp.arange(length, dtype=jnp.int32) - padding[:, None], 0)
     text = _Text(start, length, tokens != s.mask_id, may_open, attention_mask, padding, positions)
     keys = None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(row_ids)
-    passes = functools.partial(_full_pass, logits_fn, text, allowed, keys, s)
 
-    blocks = s.gen_length // s.block_length
+    s.gen_length // s.block_length
     state = {
         "tokens": tokens,
         "block": jnp.zeros(batch, jnp.int32),
@@ -309,7 +336,10 @@ def _generate(logits_fn, prompts, attention_mask, suffix, allowed, key, row_ids,
         given = (tokens != s.mask_id) | ~may_open
         state["steps"] = jnp.where(given, 0, -1)
         state["confidence"] = jnp.full(tokens.shape, jnp.nan, jnp.float32)
-    state = jax.lax.while_loop(lambda state: jnp.any(state["block"] < blocks), passes, state)
+    if s.cache != "none":
+        rows = batch if s.cfg_scale == 0 else 2 * batch
+        state["cache"] = cached_model(logits_fn).init_cache(rows, length)
+    state = _run(logits_fn, text, allowed, keys, s, state)
 
     tokens = state["tokens"]
     if s.stop_at_eos:
@@ -356,24 +386,125 @@ def _after_eos(tokens, text: _Text, s: _Settings):
     return response & (places > first), filled & (first[:, 0] < text.length)
 
 
-def _full_pass(logits_fn, text: _Text, allowed, keys, s: _Settings, state):
-    """One pass over all positions; a row that is done with its block moves to the next."""
-    tokens = state["tokens"]
-    logits = _guided(functools.partial(call, logits_fn), tokens, text, s)
-    _check_vocabulary(logits, tokens, s)
-    state = _commit(state, logits, text, allowed, keys, s)
-    return _advance(state, tokens, text, s)
+def _run(logits_fn, text: _Text, allowed, keys, s: _Settings, state):
+    """All passes, each full (kind 0) or over a window (kind k: the k-th size).
+
+    Each kind has a loop of its own within one outer loop. A `cond` in one loop would do the same,
+    but XLA copies the cache at every branch of a conditional. Loops update it in place.
+    """
+    blocks = s.gen_length // s.block_length
+    windows = None
+    if s.cache != "none":
+        windows = CACHES[s.cache](text.start, text.length, s.block_length, blocks)
+
+    def unfinished(state):
+        return jnp.any(state["block"] < blocks)
+
+    def now(state):
+        # With a cache, all rows that are not done are in the same block.
+        return jnp.minimum(jnp.min(state["block"]), blocks - 1)
+
+    def kind(state):
+        first = text.start + now(state) * s.block_length
+        active = _active(state, s)
+        turn = jnp.max(jnp.where(active, state["step"], 0))  # passes since the block began
+        places = jnp.arange(text.length)
+        inside = (places >= first) & (places < first + s.block_length)
+        # What is left may be masks outside the block, which no window fills.
+        left = jnp.any(_open(state["tokens"], text, s) & inside & active[:, None])
+        is_full = (turn == 0) | ~left
+        if s.refresh is not None:
+            is_full |= turn % s.refresh == 0
+        return jnp.where(is_full, 0, 1 + jnp.asarray(windows.size_of, jnp.int32)[now(state)])
+
+    def one(state, start, first, size):
+        """One pass: predicts, commits, and lets rows that are done with their block go on."""
+        before, cache = state["tokens"], state.get("cache")
+        if cache is not None:
+            cache = cache.replace(start=start, first=first)
+        view = _View(start, size, text, s)
+        logits, cache = view.logits(logits_fn, before, cache)
+        state = _commit(state, logits, view, allowed, keys, s)
+        state = _advance(state, before, text, s)
+        return state if cache is None else {**state, "cache": cache}
+
+    def full(state):
+        return one(state, jnp.int32(0), jnp.int32(0), text.length)
+
+    def window(state, size):
+        start = jnp.asarray(windows.starts, jnp.int32)[now(state)]
+        return one(state, start, text.start + now(state) * s.block_length, size)
+
+    if windows is None:
+        return jax.lax.while_loop(unfinished, full, state)
+
+    def round_of_kinds(state):
+        passes = [full, *(functools.partial(window, size=size) for size in windows.sizes)]
+        for k, one_pass in enumerate(passes):
+
+            def is_next(state, k=k):
+                return unfinished(state) & (kind(state) == k)
+
+            state = jax.lax.while_loop(is_next, one_pass, state)
+        return state
+
+    return jax.lax.while_loop(unfinished, round_of_kinds, state)
 
 
-def _guided(predict, tokens, text: _Text, s: _Settings):
-    """Float32 logits of all positions, with classifier-free guidance."""
-    rest = (text.attention_mask, text.positions)
-    if s.cfg_scale == 0:
-        return predict(tokens, *rest).astype(jnp.float32)
-    both = jnp.concatenate([tokens, jnp.where(text.is_prompt, s.mask_id, tokens)])
-    rest = tuple(None if x is None else jnp.concatenate([x, x]) for x in rest)
-    conditional, unconditional = jnp.split(predict(both, *rest).astype(jnp.float32), 2)
-    return unconditional + (s.cfg_scale + 1) * (conditional - unconditional)
+@dataclasses.dataclass
+class _View:
+    """The part of the text that a pass computes: all of it, or a window."""
+
+    start: Any  # a traced number if the view is a window
+    size: int
+    text: _Text
+    s: _Settings
+
+    @property
+    def is_full(self) -> bool:
+        return self.size == self.text.length
+
+    @property
+    def places(self):
+        """The positions [w] of the view."""
+        return self.start + jnp.arange(self.size)
+
+    def of(self, x):
+        """The part [b, w] of an array [b, l] of the text."""
+        if x is None or self.is_full:
+            return x
+        return jax.lax.dynamic_slice_in_dim(x, self.start, self.size, 1)
+
+    def put(self, x, part):
+        """The array [b, l] with its part replaced."""
+        if self.is_full:
+            return part
+        return jax.lax.dynamic_update_slice_in_dim(x, part, self.start, 1)
+
+    def logits(self, logits_fn, tokens, cache):
+        """Float32 logits [b, w, v] with classifier-free guidance, and the cache."""
+        text, s = self.text, self.s
+
+        def predict(tokens, attention_mask, positions):
+            if cache is None:
+                return call(logits_fn, tokens, attention_mask, positions), None
+            if positions is None:
+                positions = jnp.broadcast_to(self.places, tokens.shape)
+            return call_cached(logits_fn, tokens, attention_mask, positions, cache)
+
+        tokens, positions = self.of(tokens), self.of(text.positions)
+        rest = (text.attention_mask, positions)
+        if s.cfg_scale == 0:
+            logits, cache = predict(tokens, *rest)
+            _check_vocabulary(logits, tokens, s)
+            return logits.astype(jnp.float32), cache
+        given = self.of(text.is_prompt)
+        both = jnp.concatenate([tokens, jnp.where(given, s.mask_id, tokens)])
+        rest = tuple(None if x is None else jnp.concatenate([x, x]) for x in rest)
+        logits, cache = predict(both, *rest)
+        _check_vocabulary(logits, both, s)
+        conditional, unconditional = jnp.split(logits.astype(jnp.float32), 2)
+        return unconditional + (s.cfg_scale + 1) * (conditional - unconditional), cache
 
 
 def _active(state, s: _Settings):
@@ -382,9 +513,9 @@ def _active(state, s: _Settings):
     return (block < blocks) & (block == jnp.min(block) if s.lockstep else True)
 
 
-def _commit(state, logits, text: _Text, allowed, keys, s: _Settings):
-    """The state after the commits of a pass with these logits [b, l, v]."""
-    tokens, step = state["tokens"], state["step"]
+def _commit(state, logits, view: _View, allowed, keys, s: _Settings):
+    """The state after the commits of a pass with these logits [b, w, v]."""
+    text, step, tokens = view.text, state["step"], view.of(state["tokens"])
     rule, confidence = COMMITS[s.commit], CONFIDENCES[s.remasking]
     if s.logits_eos_inf:
         logits = candidates_lib.forbid(logits, s.eos_id)
@@ -394,7 +525,7 @@ def _commit(state, logits, text: _Text, allowed, keys, s: _Settings):
                 f"allowed has {allowed.shape[0]} entries, the vocabulary {logits.shape[-1]}"
             )
         logits = candidates_lib.allow(logits, allowed)
-    gumbel, uniform = _noise(state, keys, logits.shape, text, s)
+    gumbel, uniform = _noise(state, keys, logits.shape, view, s)
 
     drawn = logits
     if s.infill == "all":
@@ -411,9 +542,12 @@ def _commit(state, logits, text: _Text, allowed, keys, s: _Settings):
         for end_id in sorted({s.eos_id, s.eot_id} - {None}):
             logits = candidates_lib.forbid(logits, end_id)
     score = jax.vmap(confidence.score)(logits, candidates, uniform)
-    _, end = _bounds(state["block"], text, s)
+    first, end = _bounds(state["block"], text, s)
     active = _active(state, s)
-    competes = _open(tokens, text, s) & (jnp.arange(text.length) < end) & active[:, None]
+    is_open = (tokens == s.mask_id) & view.of(text.may_open)
+    competes = is_open & (view.places < end) & active[:, None]
+    if not view.is_full:  # only the block competes
+        competes &= (view.places >= first) & (view.places < first + s.block_length)
 
     block_steps = max(s.steps // (s.gen_length // s.block_length), 1)
     least, extra = jnp.divmod(state["planned"], block_steps)
@@ -424,7 +558,7 @@ def _commit(state, logits, text: _Text, allowed, keys, s: _Settings):
     row = unmasking.Row(
         competes,
         score,
-        _ranks(score, competes, quota, text.padding, rule.scheduled),
+        _ranks(score, competes, quota, text.padding, rule.scheduled and view.is_full),
         quota,
         jax.vmap(unmasking.entropy)(logits) if rule.entropy else jnp.zeros_like(score),
     )
@@ -434,19 +568,20 @@ def _commit(state, logits, text: _Text, allowed, keys, s: _Settings):
     # If the candidate is the mask token, the position stays masked.
     new = {
         **state,
-        "tokens": jnp.where(chosen, candidates, tokens),
+        "tokens": view.put(state["tokens"], jnp.where(chosen, candidates, tokens)),
         "passes": state["passes"] + 1,
         "row_passes": state["row_passes"] + jnp.any(competes, 1),
         "step": step + active,
     }
     if s.trace:
         filled = chosen & (candidates != s.mask_id)
-        new["steps"] = jnp.where(filled, new["passes"], state["steps"])
-        new["confidence"] = jnp.where(filled, confidence.value(score), state["confidence"])
+        for name, value in (("steps", new["passes"]), ("confidence", confidence.value(score))):
+            part = jnp.where(filled, value, view.of(state[name]))
+            new[name] = view.put(state[name], part)
     return new
 
 
-def _noise(state, keys, shape, text: _Text, s: _Settings):
+def _noise(state, keys, shape, view: _View, s: _Settings):
     """Gumbel noise [b, l, v] and uniform noise [b, l], each None if it is not needed.
 
     A draw depends on the row's key, its pass, and the position counted from its first real token.
@@ -465,7 +600,7 @@ def _noise(state, keys, shape, text: _Text, s: _Settings):
     def of_row(key, row_pass, places):
         return jax.vmap(at, (None, 0))(jax.random.fold_in(key, row_pass), places)
 
-    places = jnp.arange(text.length) - text.padding[:, None]
+    places = view.places - view.text.padding[:, None]
     return jax.vmap(of_row)(keys, state["row_passes"], jnp.maximum(places, 0))
 
 

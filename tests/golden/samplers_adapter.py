@@ -12,7 +12,7 @@ import llada_jax
 from llada_jax import sampling
 
 FAMILIES = {"llada", "fast_dllm"}
-METHODS = {"plain"}
+METHODS = {"plain", "prefix", "dual"}
 
 
 def open(path):
@@ -25,6 +25,10 @@ def why_not(run):
     """The reason for which a run is not imitated, or None."""
     if run["family"] not in FAMILIES or run["method"] not in METHODS:
         return f"{run['family']}, {run['method']}: not built"
+    has_quotas = run.get("threshold") is None and run.get("factor") is None
+    new_dual = run["method"] == "dual" and run.get("version") == "2026-05-30"
+    if new_dual and run["masks_left"] and not has_quotas:
+        return "stops a block after steps / blocks passes; we run each block to its end"
     return None
 
 
@@ -39,6 +43,7 @@ def settings_of(run):
         "infill": "published",
         "lockstep": True,
     }
+    settings["cache"] = "none" if run["method"] == "plain" else run["method"]
     if run["family"] == "llada":
         settings["remasking"] = "softmax"  # rounded to float32, where others take float64
     if run.get("factor") is not None:

@@ -23,7 +23,11 @@ def runs(folder):
 
 
 # Each run compiles a sampler of its own, which takes seconds; the others are slow tests.
-FAST = "quota_uneven thr0.06 factor4 infill_thr0.05 llada/cfg1.5 infill_fast thr0.9_b4"
+FAST = (
+    "llada_mha-fast_dllm/plain_quota_uneven llada_mha-fast_dllm/plain_factor4 llada/cfg1.5 "
+    "llada/infill_fast prefix_infill_factor4 dual_quota_uneven reference_dual_thr0.06 "
+    "sudoku-fast_dllm/plain_thr0.9_b4 sudoku-fast_dllm/prefix_factor0.5"
+)
 RUNS = [
     pytest.param(
         folder,
