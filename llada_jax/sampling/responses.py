@@ -46,6 +46,9 @@ def sample_responses(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
+    for name in ("trace", "suffix"):
+        if settings.get(name) is not None and settings[name] is not False:
+            raise ValueError(f"{name} is of one batch: call generate for it")
     numbers = np.arange(len(prompts)) if row_ids is None else np.asarray(row_ids)
     if numbers.shape != (len(prompts),):
         raise ValueError(f"row_ids: {numbers.size} for {len(prompts)} prompts: give one for each")
