@@ -86,6 +86,24 @@ def attend(
     return out.reshape(*batch_shape, *out.shape[1:])
 
 
+def attend_over(
+    query: Float[Array, "b w h d"],
+    key: Float[Array, "b l k d"],
+    value: Float[Array, "b l k d"],
+    *,
+    attention_mask: Bool[Array, "b l"] | None = None,
+) -> Float[Array, "b w h d"]:
+    """Softmax attention of w queries over l other keys, scaled by 1 / sqrt(d): plain JAX.
+
+    A query attends to the keys whose `attention_mask` is true. The softmax is in float32.
+    """
+    keys_of = queries_of = None
+    if attention_mask is not None:
+        queries_of = jnp.zeros(query.shape[:2], jnp.int32)
+        keys_of = jnp.where(attention_mask, 0, -1)
+    return _xla(query, key, value, queries_of, keys_of)
+
+
 def _device() -> tuple[str, str]:
     """The platform and kind of the devices of the current mesh, or else of the default device."""
     device = jax.sharding.get_abstract_mesh().abstract_device

@@ -22,7 +22,9 @@ class Family:
     vocab_size, embedding_size, max_sequence_length, mask_token_id, eos_token_id and pad_token_id.
 
     `Module(config, dtype, param_dtype, remat, attention, logps_chunk, unroll)` is a linen module
-    with the methods `__call__` and `token_logps` of `llada.LLaDA`.
+    with the methods `__call__` and `token_logps` of `llada.LLaDA`. For the sampler's caches it also
+    has its `init_cache(batch, length)` and `with_cache(tokens, attention_mask, positions, cache)
+    -> (logits, cache)`; a cache has the fields `start` and `first` of `cache.KeyValues`.
     """
 
     Config: Any

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from llada_jax.models import attention as attention_lib
+from llada_jax.models.cache import KeyValues
 from llada_jax.models.family import Family, Row
 from llada_jax.models.layers import REMAT, Linear, RMSNorm, constrain, rotate
 from llada_jax.models.logps import chunked_logps, head_logits
@@ -155,9 +156,9 @@ class Block(nn.Module):
     attention: str
 
     @nn.compact
-    def __call__(self, x, attention_mask, segment_ids, positions):
-        """Maps x [b, l, d] to (x of the next layer, None), the form that nn.scan needs."""
-        cfg = self.config
+    def __call__(self, carry, attention_mask, segment_ids, positions):
+        """Maps (x [b, l, d], cache or None) to (that of the next layer, None), as nn.scan needs."""
+        cfg, (x, cache) = self.config, carry
 
         def linear(name, outputs, *axes):
             return lambda x: Linear(
@@ -176,14 +177,19 @@ class Block(nn.Module):
         k = split(linear("k_proj", kv_size, "embed", "kv_heads")(y), cfg.n_kv_heads)
         v = split(linear("v_proj", kv_size, "embed", "kv_heads")(y), cfg.n_kv_heads)
         q, k = rotate(q, positions, cfg.rope_theta), rotate(k, positions, cfg.rope_theta)
-        y = attention_lib.attend(
-            q,
-            k,
-            v,
-            attention_mask=attention_mask,
-            segment_ids=segment_ids,
-            implementation=self.attention,
-        )
+        if cache is not None:
+            cache, k, v = cache.put(k, v)
+        if k.shape[1] == q.shape[1]:
+            y = attention_lib.attend(
+                q,
+                k,
+                v,
+                attention_mask=attention_mask,
+                segment_ids=segment_ids,
+                implementation=self.attention,
+            )
+        else:
+            y = attention_lib.attend_over(q, k, v, attention_mask=attention_mask)
         x = x + linear("attn_out", cfg.d_model, "heads", "embed")(y.reshape(x.shape))
         x = constrain(x, "act_embed")
 
@@ -192,7 +198,7 @@ class Block(nn.Module):
         up = linear("up_proj", cfg.mlp_hidden_size, "embed", "mlp")(y)
         y = constrain(nn.silu(gate) * up, "act_mlp")
         x = x + linear("ff_out", cfg.d_model, "mlp", "embed")(y)
-        return constrain(x, "act_embed"), None
+        return (constrain(x, "act_embed"), cache), None
 
 
 class LLaDA(nn.Module):
@@ -253,8 +259,8 @@ class LLaDA(nn.Module):
                 cfg.d_model, cfg.embedding_size, axes, cfg.init_std, self.dtype, self.param_dtype
             )
 
-    def _hidden(self, tokens, attention_mask, segment_ids, positions):
-        """Maps tokens [b, l] to the output [b, l, d] of the last layer, after the last norm."""
+    def _hidden(self, tokens, attention_mask, segment_ids, positions, cache=None):
+        """Maps tokens [b, l] to the output [b, l, d] of the last layer, and the cache."""
         if positions is None:
             positions = jnp.broadcast_to(
                 jnp.arange(tokens.shape[-1], dtype=jnp.int32), tokens.shape
@@ -262,8 +268,8 @@ class LLaDA(nn.Module):
         if attention_mask is not None:
             attention_mask = attention_mask.astype(bool)
         x = constrain(self.wte(tokens), "act_embed")
-        x, _ = self.blocks(x, attention_mask, segment_ids, positions)
-        return self.ln_f(x)
+        (x, cache), _ = self.blocks((x, cache), attention_mask, segment_ids, positions)
+        return self.ln_f(x), cache
 
     def _head(self) -> Float[Array, "d v"] | Any:
         return self.wte.embedding.T if self.config.weight_tying else self.ff_out.kernel
@@ -288,9 +294,34 @@ class LLaDA(nn.Module):
                 else jnp.broadcast_to(x, tokens.shape).reshape(-1, tokens.shape[-1])
             )
 
-        hidden = self._hidden(*(rows(x) for x in (tokens, attention_mask, segment_ids, positions)))
+        hidden, _ = self._hidden(
+            *(rows(x) for x in (tokens, attention_mask, segment_ids, positions))
+        )
         logits = head_logits(hidden, self._head())
         return logits.reshape(*tokens.shape, -1)
+
+    def init_cache(self, batch: int, length: int) -> KeyValues:
+        """An empty cache for texts of `batch` rows and `length` positions."""
+        cfg = self.config
+        shape = (cfg.n_layers, batch, length, cfg.n_kv_heads, cfg.head_size)
+        return KeyValues.zeros(shape, self.dtype)
+
+    def with_cache(
+        self,
+        tokens: Int[Array, "b w"],
+        attention_mask: Int[Array, "b l"] | Bool[Array, "b l"] | None,
+        positions: Int[Array, "b w"],
+        cache: KeyValues,
+    ) -> tuple[Float32[Array, "b w v"], KeyValues]:
+        """The logits of a part of the text, and the cache with its keys and values.
+
+        The queries are the tokens, which stand at `cache.start` of the text. They attend to all l
+        positions: to their own keys where the cache is replaced (`cache.first`), to the kept ones
+        elsewhere. `attention_mask` is that of the whole text, `positions` those of the tokens.
+        """
+        cache = dataclasses.replace(cache, layer=jnp.int32(0))
+        hidden, cache = self._hidden(tokens, attention_mask, None, positions, cache)
+        return head_logits(hidden, self._head()), cache
 
     def token_logps(
         self,
@@ -303,7 +334,7 @@ class LLaDA(nn.Module):
 
         It holds `logps_chunk` logits of each position at a time.
         """
-        hidden = self._hidden(tokens, None, segment_ids, positions)
+        hidden, _ = self._hidden(tokens, None, segment_ids, positions)
         return chunked_logps(hidden, self._head(), targets, self.logps_chunk)
 
 

@@ -1,11 +1,22 @@
-"""How a model writes: LLaDA's sampler, compiled once, and responses to prompts of any lengths."""
+"""How a model writes: one compiled sampler, and responses to prompts of any lengths."""
 
+from llada_jax.sampling.cache import CACHES, Windows
 from llada_jax.sampling.flags import add_flags, settings_of
 from llada_jax.sampling.responses import prompt_width, sample_responses, trim
-from llada_jax.sampling.sampler import REMASKING, check_schedule, generate
+from llada_jax.sampling.sampler import check_schedule, generate
+from llada_jax.sampling.trace import Trace
+from llada_jax.sampling.unmasking import COMMITS, CONFIDENCES, Commit, Confidence, Numbers, Row
 
 __all__ = [
-    "REMASKING",
+    "CACHES",
+    "COMMITS",
+    "CONFIDENCES",
+    "Commit",
+    "Confidence",
+    "Numbers",
+    "Row",
+    "Trace",
+    "Windows",
     "add_flags",
     "check_schedule",
     "generate",

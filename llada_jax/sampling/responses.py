@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Sequence
 
-import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -29,6 +28,7 @@ def sample_responses(
     batch_size: int,
     gen_length: int,
     key=None,
+    row_ids: Sequence[int] | np.ndarray | None = None,
     progress: Callable[[int, int], object] | None = None,
     **settings,
 ) -> np.ndarray:
@@ -36,11 +36,22 @@ def sample_responses(
 
     All batches use one compiled sampler. If the prompts differ in length, they are left-padded with
     pad_id to a multiple of 16, and the attention_mask marks the padding. `settings` are passed to
-    `generate`. Each batch gets a key of its own, derived from `key`. progress(done, N) is called
-    after each batch. Raises ValueError as `generate` does, or if batch_size is less than 1.
+    `generate`. progress(done, N) is called after each batch.
+
+    In float32 the response to a prompt does not depend on batch_size or on the other prompts. The
+    random draws of a prompt are those of `key` and its entry of row_ids, by default its index: give
+    row_ids to have the same draws for the prompts in another order.
+
+    Raises ValueError as `generate` does, or if batch_size is less than 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
+    for name in ("trace", "suffix"):
+        if settings.get(name) is not None and settings[name] is not False:
+            raise ValueError(f"{name} is of one batch: call generate for it")
+    numbers = np.arange(len(prompts)) if row_ids is None else np.asarray(row_ids)
+    if numbers.shape != (len(prompts),):
+        raise ValueError(f"row_ids: {numbers.size} for {len(prompts)} prompts: give one for each")
     width = prompt_width(map(len, prompts))
     out = np.zeros((len(prompts), gen_length), np.int32)
 
@@ -56,9 +67,10 @@ def sample_responses(
     for first in range(0, len(prompts), batch_size):
         rows = np.full((batch_size, width), pad_id, np.int32)
         attended = np.ones((batch_size, width), np.int32)
-        for i in range(batch_size):
-            # The last batch is filled up with its last prompt.
-            prompt = prompts[min(first + i, len(prompts) - 1)]
+        # The last batch is filled up with its last prompt.
+        of_rows = np.minimum(first + np.arange(batch_size), len(prompts) - 1)
+        for i, of_row in enumerate(of_rows):
+            prompt = prompts[of_row]
             rows[i, width - len(prompt) :] = prompt
             attended[i, : width - len(prompt)] = 0
         tokens = generate(
@@ -67,7 +79,8 @@ def sample_responses(
             mask_id=mask_id,
             gen_length=gen_length,
             attention_mask=attended if len(set(map(len, prompts))) > 1 else None,
-            key=None if key is None else jax.random.fold_in(key, first),
+            key=key,
+            row_ids=numbers[of_rows],
             **settings,
         )
         if running:  # read the previous batch only now, so that the device never waits

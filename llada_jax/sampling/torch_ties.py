@@ -2,33 +2,43 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 
-def most_confident(confidence: Float[Array, "b l"], k, most: int) -> Bool[Array, "b l"]:
-    """Marks the k highest confidences of each row, with k <= `most`.
+def most_confident(
+    values: Float[Array, "b l"], k: Int[Array, " b"], lengths: Int[Array, " b"]
+) -> Bool[Array, "b l"]:
+    """Marks the k highest values of each row, among its first `lengths` positions.
 
-    Among equal values at the edge it chooses those that `torch.topk` would choose on a CPU. Such
-    ties are common: with confidence_eos_eot_inf all EOS and EoT candidates have the same
-    confidence, so ties decide what the published code generates. There is one exception: if k > 1
-    and 64 k <= l, the first positions win.
+    Among equal values at the edge it chooses those that `torch.topk` would choose on a CPU for a
+    row of that length. Such ties are common: with confidence_eos_eot_inf all EOS and EoT candidates
+    have the same confidence, so ties decide what the published code generates. There is one
+    exception: if k > 1 and 64 k <= length, the first positions win.
     """
-    batch, length = confidence.shape
-    values, best = jax.lax.top_k(confidence, min(most + 1, length))
-    rows = jnp.arange(batch)[:, None]
-    chosen = jnp.zeros(confidence.shape, bool).at[rows, best].set(jnp.arange(best.shape[1]) < k)
-    tied = jnp.any(jnp.take(values, k - 1, axis=1) == jnp.take(values, k, axis=1))
+    places = jnp.arange(values.shape[1])
+    inside = places < lengths[:, None]
+    ordered = jnp.where(inside, values, -jnp.inf)
+    order = jnp.argsort(-ordered, axis=1, stable=True)
+    first = jnp.argsort(order, axis=1) < k[:, None]
+    edge = jnp.take_along_axis(ordered, order, 1)
+    at = jnp.clip(k[:, None] - 1 + jnp.arange(2), 0, values.shape[1] - 1)
+    edge = jnp.take_along_axis(edge, at, 1)
     # If 64 k <= length, torch uses a heap instead of std::nth_element. For k = 1 the heap prefers
-    # the first position, as top_k does.
+    # the first position, as the sort does.
+    tied = (edge[:, 0] == edge[:, 1]) & (64 * k > lengths) & (k > 0) & (k < lengths)
     return jax.lax.cond(
-        tied & (64 * k > length),
-        lambda: jax.vmap(_first_of_nth_element, (0, None))(confidence, k),
-        lambda: chosen,
+        jnp.any(tied),
+        lambda: jnp.where(
+            tied[:, None], jax.vmap(_first_of_nth_element)(values, k, lengths), first
+        ),
+        lambda: first,
     )
 
 
-def _first_of_nth_element(values: Float[Array, " l"], k) -> Bool[Array, " l"]:
+def _first_of_nth_element(values: Float[Array, " l"], k, end) -> Bool[Array, " l"]:
     """Marks the k values that libstdc++'s std::nth_element moves to the front (highest first).
+
+    Only the first `end` values take part.
 
     It makes the same swaps as libstdc++, but all swaps of one Hoare partition at once. The i-th
     element from the left that has to move right is swapped with the i-th element from the right
@@ -65,7 +75,7 @@ def _first_of_nth_element(values: Float[Array, " l"], k) -> Bool[Array, " l"]:
         return order[source], jnp.where(keep_right, cut, first), jnp.where(keep_right, last, cut)
 
     order, first, last = jax.lax.while_loop(
-        lambda c: c[2] - c[1] > 3, partition, (index, 0, length)
+        lambda c: c[2] - c[1] > 3, partition, (index, jnp.int32(0), end.astype(jnp.int32))
     )
     # libstdc++ sorts the last part, at most three elements, by insertion, which is stable.
     left_over = jnp.where(index < first, jnp.inf, jnp.where(index < last, values[order], -jnp.inf))

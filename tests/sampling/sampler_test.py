@@ -152,7 +152,9 @@ def test_ties_fall_as_in_torch_on_a_cpu():
             values[:, rng.integers(0, length, length // 4)] = -np.inf
             for k in (1, 2, 5, 7):
                 if k <= length:
-                    chosen = MOST_CONFIDENT(values, k, 7)
+                    # Each row is followed by what belongs to no row.
+                    longer = np.pad(values, ((0, 0), (0, 3)), constant_values=9.0)
+                    chosen = MOST_CONFIDENT(longer, np.full(20, k), np.full(20, length))[:, :length]
                     expected = [np.isin(np.arange(length), torch_topk(row, k)) for row in values]
                     np.testing.assert_array_equal(chosen, expected)
 
@@ -161,20 +163,18 @@ def test_ties_of_a_long_row_go_to_the_first():
     # If 64 k <= length, torch uses a heap; for k = 1 it keeps the first of the highest values.
     values = np.zeros((2, 128), np.float32)
     values[:, 77] = values[1, 30] = 1.0
-    chosen = MOST_CONFIDENT(values, 1, 1)
+    chosen = MOST_CONFIDENT(values, np.array([1, 1]), np.array([128, 128]))
     assert [list(np.flatnonzero(row)) for row in np.asarray(chosen)] == [[77], [30]]
-    # A step that commits one token less than the largest number.
-    np.testing.assert_array_equal(MOST_CONFIDENT(values, 1, 2), chosen)
 
 
-MOST_CONFIDENT = jax.jit(torch_ties.most_confident, static_argnums=2)
+MOST_CONFIDENT = jax.jit(torch_ties.most_confident)
 
 
 def test_masks_in_the_prompt_are_filled_as_published():
     prompts = np.random.default_rng(2).integers(0, MASK, (3, 8))
     prompts[0, 2] = prompts[1, 5] = prompts[1, 6] = MASK
     settings = dict(steps=6, gen_length=12, block_length=6, cfg_scale=0.4)
-    got = sampling.generate(toy_logits, prompts, mask_id=MASK, **settings)
+    got = sampling.generate(toy_logits, prompts, mask_id=MASK, infill="published", **settings)
     np.testing.assert_array_equal(got, reference_generate(toy_logits, prompts, MASK, **settings))
 
 
@@ -385,6 +385,25 @@ GOOD = dict(mask_id=MASK, steps=4, gen_length=8, block_length=4)
         (dict(remasking="random"), 'remasking="random" draws at random: give key'),
         (dict(logits_eos_inf=True), "give its eos_id"),
         (dict(confidence_eos_eot_inf=True), "give eos_id, eot_id or both"),
+        (dict(commit="best"), "commit='best' is not one of schedule, threshold"),
+        (dict(commit="threshold"), 'commit="threshold" needs threshold='),
+        (dict(threshold=0.9), 'threshold=0.9 has no effect with commit="schedule"'),
+        (dict(commit="factor", factor=-1), "factor=-1 may not be negative"),
+        (dict(commit="threshold", threshold=float("nan")), "threshold=nan is no finite number"),
+        (
+            dict(commit="factor", factor=1.0, remasking="entropy"),
+            'commit="factor" compares probabilities, and remasking="entropy" has none',
+        ),
+        (dict(top_p=0.9), "top_p=0.9 has no effect at temperature=0"),
+        (dict(top_k=0, temperature=1.0, key=jax.random.key(0)), "top_k=0 must be at least 1"),
+        (dict(top_p=1.5, temperature=1.0, key=jax.random.key(0)), "top_p=1.5 must be above 0"),
+        (dict(stop_at_eos=True), "stop_at_eos=True stops at the EOS token: give its eos_id"),
+        (dict(stop_at_eos=True, logits_eos_inf=True, eos_id=EOS), "waits for EOS"),
+        (dict(infill="none"), "infill='none' is not one of all, published"),
+        (dict(suffix=np.ones((3, 1), int)), "suffix has 3 rows, the prompts 2"),
+        (dict(row_ids=np.ones(3, int)), r"row_ids have shape \[3\]"),
+        (dict(allowed=np.ones(V)), r"allowed is float32\[23\]"),
+        (dict(allowed=np.ones(3, bool)), "allowed has 3 entries, the vocabulary 23"),
         (dict(mask_id=V), f"mask_id={V} is not in the vocabulary of {V}"),
         (dict(eos_id=-1), "eos_id=-1 is not in the vocabulary"),
         (dict(prompts=np.ones(5, int)), r"prompts are int32\[5\]"),
@@ -435,6 +454,10 @@ def test_sample_responses_of_one_length_are_not_padded():
     assert set(seen) == {((4, 11), None)}
     assert len({tuple(r) for r in got.tolist()}) == 8  # within a batch and between batches
     assert sampling.sample_responses(fn, [], pad_id=EOS, batch_size=4, **GOOD).shape == (0, 8)
+    with pytest.raises(ValueError, match="trace is of one batch"):
+        sampling.sample_responses(fn, prompts, pad_id=EOS, batch_size=4, trace=True, **GOOD)
+    with pytest.raises(ValueError, match="row_ids: 2 for 8 prompts"):
+        sampling.sample_responses(fn, prompts, pad_id=EOS, batch_size=4, row_ids=[0, 1], **GOOD)
     with pytest.raises(ValueError, match="batch_size=0"):
         sampling.sample_responses(fn, prompts, pad_id=EOS, batch_size=0, **GOOD)
 

@@ -1,0 +1,70 @@
+"""Caches: which positions a pass computes, and whose keys and values it takes from before.
+
+A cache is one function and one entry of CACHES. At the beginning of each block all positions are
+computed (a full pass), and their keys and values are kept. The further passes of the block compute
+only a window of the text, at whose positions new keys and values replace the kept ones; the window
+attends to all positions. The function says what the window of each block is.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from jax.tree_util import Partial
+from jaxtyping import Array
+
+
+class Windows(NamedTuple):
+    """The windows of all blocks. Each size is compiled once."""
+
+    sizes: tuple[int, ...]
+    size_of: np.ndarray  # [blocks] index into sizes
+    starts: np.ndarray  # [blocks] where the window begins
+
+
+def prefix(start: int, length: int, block_length: int, blocks: int) -> Windows:
+    """A window from the block to the end of the text; what is before the block is kept.
+
+    The windows of several blocks share a size, the largest of them: a block whose window is longer
+    than its rest keeps the keys before it. There are about log2(blocks) sizes.
+    Source: Fast-dLLM, arXiv:2505.22618 (prefix cache).
+    """
+    begins = sorted({0} | {blocks - 2**j for j in range(blocks.bit_length()) if 2**j <= blocks})
+    size_of = np.searchsorted(begins, np.arange(blocks), side="right") - 1
+    starts = start + np.asarray(begins) * block_length
+    return Windows(tuple(int(length - s) for s in starts), size_of, starts[size_of])
+
+
+def dual(start: int, length: int, block_length: int, blocks: int) -> Windows:
+    """The window is the block; what is before and after it is kept.
+
+    Source: Fast-dLLM, arXiv:2505.22618 (dual cache).
+    """
+    del length
+    starts = start + np.arange(blocks) * block_length
+    return Windows((block_length,), np.zeros(blocks, int), starts)
+
+
+CACHES: dict[str, Callable[[int, int, int, int], Windows] | None] = {
+    "none": None,
+    "prefix": prefix,
+    "dual": dual,
+}
+
+
+def cached_model(logits_fn: Callable):
+    """Returns the module and its arguments if logits_fn is a model that can cache, else None.
+
+    That is a `Partial(model.apply, variables)` of a flax module with the methods `init_cache` and
+    `with_cache` (see models.family.Family).
+    """
+    if not isinstance(logits_fn, Partial) or getattr(logits_fn.func, "__name__", "") != "apply":
+        return None
+    module = getattr(logits_fn.func, "__self__", None)
+    offers = all(hasattr(module, name) for name in ("init_cache", "with_cache"))
+    return module if offers else None
+
+
+def call_cached(logits_fn: Partial, tokens: Array, attention_mask, positions, cache):
+    """Returns (logits [b, w, v], cache) of a window of the text."""
+    return logits_fn(tokens, attention_mask, positions, cache, method="with_cache")

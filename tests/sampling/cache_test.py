@@ -1,0 +1,165 @@
+"""Caches: keys and values that are kept, against passes without a cache and the golden logits."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.tree_util import Partial
+from sampling.rows_test import CONFIG, MASK, PROMPTS, SETTINGS, model
+
+import llada_jax
+from llada_jax import sampling
+from llada_jax.models.llada import LLaDA
+
+THRESHOLD = dict(commit="threshold", threshold=0.5)
+
+
+def padded_prompts():
+    prompts = np.random.default_rng(0).integers(0, MASK, (3, 7))
+    mask = np.ones_like(prompts)
+    mask[1, :5] = 0
+    prompts[2, 3] = MASK
+    return prompts, mask
+
+
+@pytest.mark.parametrize(
+    "cache, settings",
+    [
+        ("dual", THRESHOLD),
+        ("prefix", dict(cfg_scale=0.5)),
+        pytest.param("dual", dict(cfg_scale=0.5), marks=pytest.mark.slow),
+        pytest.param("prefix", THRESHOLD, marks=pytest.mark.slow),
+    ],
+)
+def test_a_cache_renewed_in_each_pass_is_no_cache(cache, settings):
+    # Truth: the same passes without a cache, to the last token, pass and confidence.
+    prompts, mask = padded_prompts()
+    settings = (
+        dict(mask_id=MASK, steps=8, gen_length=16, block_length=4, attention_mask=mask, trace=True)
+        | settings
+    )
+    plain = sampling.generate(model(), prompts, lockstep=True, **settings)
+    got = sampling.generate(model(), prompts, cache=cache, refresh=1, **settings)
+    np.testing.assert_array_equal(got.tokens, plain.tokens)
+    np.testing.assert_array_equal(got.steps, plain.steps)
+    np.testing.assert_allclose(got.confidence, plain.confidence, rtol=1e-5)
+    assert (got.tokens[:, 7:] != MASK).all()
+
+
+@pytest.mark.parametrize("cache", [pytest.param("prefix", marks=pytest.mark.slow), "dual"])
+def test_a_row_with_a_cache_does_not_depend_on_its_batch(cache):
+    settings = {**SETTINGS, **THRESHOLD, "cache": cache}
+    prompts = PROMPTS[:24]
+    alone = sampling.sample_responses(model(), prompts, batch_size=1, **settings)
+    together = sampling.sample_responses(model(), prompts, batch_size=8, **settings)
+    np.testing.assert_array_equal(alone, together)
+    uncached = sampling.sample_responses(
+        model(), prompts, batch_size=8, **{**settings, "cache": "none"}
+    )
+    assert (alone != uncached).any()  # the cache does something
+
+
+def test_every_mask_is_filled_beside_a_cache():
+    # The masks of the prompt are outside the windows; only full passes fill them.
+    prompts = np.random.default_rng(0).integers(0, MASK, (2, 6))
+    prompts[0, 1:4] = prompts[1, 5] = MASK
+    for settings in (dict(steps=8), dict(steps=8, commit="threshold", threshold=0.99)):
+        got = sampling.generate(
+            model(), prompts, mask_id=MASK, gen_length=8, block_length=4, cache="dual", **settings
+        )
+        assert (got != MASK).all()
+
+
+def test_logits_of_a_window_are_those_of_the_whole():
+    # Truth: the model without a cache, for a text whose kept part has not changed.
+    module, variables = LLaDA(CONFIG), model().args[0]
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, MASK, (2, 12)))
+    mask = jnp.ones((2, 12), jnp.int32).at[1, :3].set(0)
+    positions = jnp.broadcast_to(jnp.arange(12), (2, 12))
+    cache = module.init_cache(2, 12)
+    apply = jax.jit(lambda *a: module.apply(variables, *a, method="with_cache"))
+    full, cache = apply(tokens, mask, positions, cache)
+    expected = module.apply(variables, tokens, mask)
+    np.testing.assert_allclose(full, expected, atol=1e-5)
+    for start, first, stop in ((6, 6, 9), (4, 6, 9), (6, 6, 12), (0, 6, 12)):
+        at = cache.replace(start=jnp.int32(start), first=jnp.int32(first))
+        got, same = apply(tokens[:, start:stop], mask, positions[:, start:stop], at)
+        np.testing.assert_allclose(got, expected[:, start:stop], atol=1e-5)
+        # Other tokens replace what is theirs, and nothing else.
+        changed, new = apply(tokens[:, start:stop] * 0, mask, positions[:, start:stop], at)
+        assert np.abs(changed - got).max() > 0.1
+        kept = np.r_[0:first, stop:12]
+        np.testing.assert_array_equal(new.keys[:, :, kept], cache.keys[:, :, kept])
+        np.testing.assert_array_equal(new.values[:, :, kept], cache.values[:, :, kept])
+        assert (new.values[:, :, first:stop] != same.values[:, :, first:stop]).any()
+
+
+@pytest.mark.parametrize("method", ["prefix", "dual"])
+def test_golden_logits_of_cached_passes(shared, method):
+    # Truth: the authors' PyTorch code, the logits of passes 2, 3 (first block) and 5 (second).
+    folder = shared / "golden" / "samplers" / "llada_mha"
+    about = json.loads((folder / "samplers.json").read_text())
+    arrays = np.load(folder / "samplers.npz")
+    name = f"fast_dllm/{method}_quota_uneven"
+    run = next(run for run in about["runs"] if run["id"] == name)
+    prompt, tokens, step = (arrays[f"{name}/{k}"] for k in ("prompt", "tokens", "step"))
+    module, params = llada_jax.load(shared / "golden" / "llada_mha" / "policy")
+    step_fn = jax.jit(lambda *a: module.apply({"params": params}, *a, method="with_cache"))
+    apply = lambda tokens, *a: step_fn(jnp.asarray(tokens), *a)
+    batch, length = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
+    before = lambda n: np.where(step >= n, about["mask_token_id"], tokens)
+    for block, first_pass, passes in ((0, 1, (2, 3)), (1, 4, (5,))):
+        start = prompt.shape[1] + block * run["block_length"]
+        stop = length if method == "prefix" else start + run["block_length"]
+        _, cache = apply(before(first_pass), None, positions, module.init_cache(batch, length))
+        for n in passes:
+            at = cache.replace(start=jnp.int32(start), first=jnp.int32(start))
+            got, cache = apply(before(n)[:, start:stop], None, positions[:, start:stop], at)
+            np.testing.assert_allclose(got, arrays[f"{name}/logits_pass{n}"], atol=2e-4)
+
+
+def test_windows():
+    # By hand: 8 blocks of 4 after a prompt of 10, and 3 tokens after them.
+    got = sampling.CACHES["prefix"](10, 45, 4, 8)
+    assert got.sizes == (35, 19, 11, 7)
+    np.testing.assert_array_equal(got.size_of, [0, 0, 0, 0, 1, 1, 2, 3])
+    np.testing.assert_array_equal(got.starts, [10, 10, 10, 10, 26, 26, 34, 38])
+    got = sampling.CACHES["dual"](10, 45, 4, 3)
+    assert got.sizes == (4,) and list(got.starts) == [10, 14, 18]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(logits_fn=lambda t, m: 0), 'cache="dual" needs the model itself'),
+        (dict(cache="best"), "cache='best' is not one of none, prefix, dual"),
+        (dict(refresh=0), "refresh=0 must be at least 1"),
+        (dict(cache="none", refresh=4), 'refresh=4 has no effect with cache="none"'),
+    ],
+)
+def test_bad_arguments_are_one_line(change, message):
+    arguments = dict(logits_fn=Partial(LLaDA(CONFIG).apply, {}), prompts=np.ones((1, 3), int))
+    arguments |= dict(mask_id=MASK, steps=4, gen_length=4, block_length=4, cache="dual")
+    with pytest.raises(ValueError, match=message) as error:
+        sampling.generate(**arguments | change)
+    assert "\n" not in str(error.value)
+
+
+def test_a_pass_does_not_copy_the_cache():
+    # The compiled program has no copy of an array of the shape of the keys inside its loops.
+    prompts = np.ones((2, 5), int)
+    settings = dict(mask_id=MASK, steps=8, gen_length=16, block_length=8, cache="dual")
+
+    def run(logits_fn):
+        return sampling.generate(logits_fn, prompts, **settings)
+
+    text = jax.jit(run).lower(model()).compile().as_text()
+    shape = r"f32\[2,2,21,4,8\]"
+    entry = text[text.index("\nENTRY ") :]
+    copies = re.findall(rf"= {shape}\S* copy\(", text)
+    outside = re.findall(rf"= {shape}\S* copy\(", entry)
+    assert re.search(shape, text) and len(copies) == len(outside)
