@@ -2,7 +2,7 @@
 
 from llada_jax.sampling.cache import CACHES, Windows
 from llada_jax.sampling.flags import add_flags, settings_of
-from llada_jax.sampling.responses import prompt_width, sample_responses, trim
+from llada_jax.sampling.responses import prompt_width, response_batches, sample_responses, trim
 from llada_jax.sampling.sampler import check_schedule, generate
 from llada_jax.sampling.trace import Trace
 from llada_jax.sampling.unmasking import COMMITS, CONFIDENCES, Commit, Confidence, Numbers, Row
@@ -21,6 +21,7 @@ __all__ = [
     "check_schedule",
     "generate",
     "prompt_width",
+    "response_batches",
     "sample_responses",
     "settings_of",
     "trim",

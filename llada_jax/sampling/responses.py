@@ -1,11 +1,13 @@
 """Samples responses to prompts of different lengths, batch by batch."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from llada_jax.sampling.sampler import generate
+from llada_jax.sampling.trace import Trace
 
 # Prompts of different lengths are padded to a multiple of this, so that other prompts can use the
 # same compiled sampler.
@@ -19,7 +21,7 @@ def prompt_width(lengths: Iterable[int]) -> int:
     return width if len(lengths) <= 1 else -(-width // _PAD_MULTIPLE) * _PAD_MULTIPLE
 
 
-def sample_responses(
+def response_batches(
     logits_fn: Callable,
     prompts: Sequence,
     *,
@@ -29,20 +31,12 @@ def sample_responses(
     gen_length: int,
     key=None,
     row_ids: Sequence[int] | np.ndarray | None = None,
-    progress: Callable[[int, int], object] | None = None,
     **settings,
-) -> np.ndarray:
-    """Returns responses `[N, gen_length]` int32 to N prompts of any lengths.
+) -> Iterator[np.ndarray | Trace]:
+    """Yields the responses `[b, gen_length]` int32 of each batch of prompts, in their order.
 
-    All batches use one compiled sampler. If the prompts differ in length, they are left-padded with
-    pad_id to a multiple of 16, and the attention_mask marks the padding. `settings` are passed to
-    `generate`. progress(done, N) is called after each batch.
-
-    In float32 the response to a prompt does not depend on batch_size or on the other prompts. The
-    random draws of a prompt are those of `key` and its entry of row_ids, by default its index: give
-    row_ids to have the same draws for the prompts in another order.
-
-    Raises ValueError as `generate` does, or if batch_size is less than 1.
+    With trace=True it yields a Trace of numpy arrays instead, whose `passes` is `[b]`. The
+    arguments and errors are those of `sample_responses`.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
@@ -53,15 +47,21 @@ def sample_responses(
     if numbers.shape != (len(prompts),):
         raise ValueError(f"row_ids: {numbers.size} for {len(prompts)} prompts: give one for each")
     width = prompt_width(map(len, prompts))
-    out = np.zeros((len(prompts), gen_length), np.int32)
+    padded = len(set(map(len, prompts))) > 1
 
-    def collect(first, tokens):
-        # If other hosts hold some of the rows, gather them.
-        if not (tokens.is_fully_addressable or tokens.is_fully_replicated):
-            tokens = multihost_utils.process_allgather(tokens, tiled=True)
-        out[first : first + batch_size] = np.asarray(tokens)[: len(prompts) - first, width:]
-        if progress:
-            progress(min(first + batch_size, len(prompts)), len(prompts))
+    def of_host(first, result):
+        count = min(batch_size, len(prompts) - first)
+
+        def part(x):
+            # If other hosts hold some of the rows, gather them.
+            if not (x.is_fully_addressable or x.is_fully_replicated):
+                x = multihost_utils.process_allgather(x, tiled=True)
+            x = np.asarray(x)
+            if x.ndim == 2:
+                return x[:count, width : width + gen_length]
+            return np.broadcast_to(x, batch_size)[:count]
+
+        return jax.tree.map(part, result)
 
     running = None
     for first in range(0, len(prompts), batch_size):
@@ -73,22 +73,49 @@ def sample_responses(
             prompt = prompts[of_row]
             rows[i, width - len(prompt) :] = prompt
             attended[i, : width - len(prompt)] = 0
-        tokens = generate(
+        result = generate(
             logits_fn,
             rows,
             mask_id=mask_id,
             gen_length=gen_length,
-            attention_mask=attended if len(set(map(len, prompts))) > 1 else None,
+            attention_mask=attended if padded else None,
             key=key,
             row_ids=numbers[of_rows],
             **settings,
         )
         if running:  # read the previous batch only now, so that the device never waits
-            collect(*running)
-        running = first, tokens
+            yield of_host(*running)
+        running = first, result
     if running:
-        collect(*running)
-    return out
+        yield of_host(*running)
+
+
+def sample_responses(
+    logits_fn: Callable,
+    prompts: Sequence,
+    *,
+    gen_length: int,
+    progress: Callable[[int, int], object] | None = None,
+    **settings,
+) -> np.ndarray:
+    """Returns responses `[N, gen_length]` int32 to N prompts of any lengths.
+
+    All batches of `batch_size` use one compiled sampler. If the prompts differ in length, they are
+    left-padded with pad_id to a multiple of 16, and the attention_mask marks the padding. The other
+    `settings` are passed to `generate`. progress(done, N) is called after each batch.
+
+    In float32 the response to a prompt does not depend on batch_size or on the other prompts. The
+    random draws of a prompt are those of `key` and its entry of row_ids, by default its index: give
+    row_ids to have the same draws for the prompts in another order.
+
+    Raises ValueError as `generate` does, or if batch_size is less than 1.
+    """
+    out = [np.zeros((0, gen_length), np.int32)]
+    for batch in response_batches(logits_fn, prompts, gen_length=gen_length, **settings):
+        out.append(batch)
+        if progress:
+            progress(sum(map(len, out)), len(prompts))
+    return np.concatenate(out)
 
 
 def trim(

@@ -1,7 +1,11 @@
 """Trace: what the sampler did, position by position."""
 
 import flax.struct
-from jaxtyping import Array, Float, Int
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+Array = jax.Array | np.ndarray
 
 
 @flax.struct.dataclass
@@ -16,5 +20,6 @@ class Trace:
     tokens: Int[Array, "b l"]
     steps: Int[Array, "b l"]  # the pass, from 1, that committed the position; 0 given, -1 never
     confidence: Float[Array, "b l"]  # at that commit; nan where nothing was committed
-    passes: Int[Array, ""]  # forward passes of the batch, full and cached
+    # Forward passes of the batch, full and cached; from `response_batches` one number for each row.
+    passes: Int[Array, "*b"]
     row_passes: Int[Array, " b"]  # passes in which the row was not yet done with its block

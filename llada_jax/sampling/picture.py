@@ -1,0 +1,144 @@
+"""Pictures of un-masking: when each token was committed, and how confident the model was.
+
+Both take, for the N tokens of one response: `words`, their texts; `steps` [N], the pass that
+committed each (0: given, -1: never); and `confidence` [N] at that commit, a number in 0..1 or nan.
+`Trace` has the last two.
+"""
+
+import functools
+import html
+import importlib.util
+import io
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+# Plain JavaScript and no other file, so that the page works without a network.
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark }}
+body {{ font: 16px/1.9 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }}
+#text {{ white-space: pre-wrap; font-family: ui-monospace, monospace }}
+#text span {{ border-radius: 3px; padding: 2px 0 }}
+#text .masked {{ color: transparent; background: #8884 }}
+#text .new {{ outline: 2px solid }}
+#bar {{ display: flex; gap: 1em; align-items: center; margin: 1em 0 }}
+#bar input {{ flex: 1 }}
+</style>
+<h1>{title}</h1>
+<div id="bar"><button id="play">Pause</button>
+<input id="pass" type="range" min="0" max="{passes}" value="0" aria-label="pass">
+<output id="count"></output></div>
+<div id="text">{words}</div>
+<p>Grey is a mask. A colour is the confidence at the commit: red 0, yellow 0.5, green 1. An outline
+marks the tokens of this pass.</p>
+<script>
+const steps = {steps}, confidence = {confidence}, passes = {passes};
+const words = [...document.querySelectorAll("#text .word")];
+const slider = document.getElementById("pass"), play = document.getElementById("play");
+let timer = null;
+function show() {{
+  const now = +slider.value;
+  words.forEach((word, i) => {{
+    const open = steps[i] < 0 || steps[i] > now, sure = confidence[i];
+    word.className = "word" + (open ? " masked" : steps[i] === now && now ? " new" : "");
+    word.style.background = open || sure === null ? "" : `hsl(${{120 * sure}} 75% 50% / 0.4)`;
+    word.title = steps[i] < 1 ? "" : `pass ${{steps[i]}}, confidence ${{sure}}`;
+  }});
+  document.getElementById("count").value = `pass ${{now}} of ${{passes}}`;
+}}
+function run(on) {{
+  clearInterval(timer);
+  play.textContent = on ? "Pause" : "Play";
+  timer = on && setInterval(() => {{
+    if (+slider.value === passes) return run(false);
+    slider.value = +slider.value + 1;
+    show();
+  }}, Math.max(40, Math.min(400, 8000 / passes)));
+}}
+play.onclick = () => {{
+  const on = play.textContent === "Play";
+  if (on && +slider.value === passes) slider.value = 0;
+  show();
+  run(on);
+}};
+slider.oninput = () => {{ run(false); show(); }};
+show();
+run(true);
+</script>
+</html>
+"""
+
+
+KINDS = ("png", "svg", "pdf")
+
+
+def renderer(path: str) -> Callable[..., str | bytes]:
+    """Returns `animate` for a path that ends in .html, and `draw` for the endings of KINDS.
+
+    Raises ValueError for another ending, and ImportError if `draw` has no matplotlib.
+    """
+    kind = pathlib.PurePath(path).suffix.removeprefix(".")
+    if kind == "html":
+        return animate
+    if kind not in KINDS:
+        raise ValueError(f"picture {path!r} must end in .html, .{', .'.join(KINDS)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("pictures need matplotlib: pip install 'llada_jax[plot]', or use .html")
+    return functools.partial(draw, kind=kind)
+
+
+def animate(
+    words: Sequence[str],
+    steps: np.ndarray,
+    confidence: np.ndarray,
+    *,
+    title: str = "Un-masking",
+) -> str:
+    """Returns a self-contained HTML page that plays the passes one by one."""
+    steps = np.asarray(steps)
+    spans = (f'<span class="word">{html.escape(word)}</span>' for word in words)
+    sure = [None if np.isnan(c) else round(float(c), 4) for c in confidence]
+    return _PAGE.format(
+        title=html.escape(title),
+        words="".join(spans),
+        steps=json.dumps(steps.tolist()),
+        confidence=json.dumps(sure),
+        passes=int(steps.max(initial=0)),
+    )
+
+
+def draw(
+    words: Sequence[str],
+    steps: np.ndarray,
+    confidence: np.ndarray,
+    *,
+    title: str = "Un-masking",
+    kind: str = "png",
+) -> bytes:
+    """Returns a picture of pass against position in the format `kind`, one of KINDS."""
+    from matplotlib import figure  # noqa: PLC0415 (only pictures need matplotlib)
+
+    steps, confidence = np.asarray(steps), np.asarray(confidence)
+    places = np.flatnonzero(steps > 0)
+    plot = figure.Figure(figsize=(min(3 + 0.22 * len(words), 14), 4.2), layout="constrained")
+    axes = plot.subplots()
+    points = axes.scatter(
+        places, steps[places], c=confidence[places], cmap="viridis", vmin=0, vmax=1, s=28
+    )
+    plot.colorbar(points, ax=axes, label="confidence at the commit")
+    if len(words) <= 64:  # more would not be legible
+        labels = [word.strip() or repr(word)[1:-1] for word in words]
+        axes.set_xticks(range(len(words)), labels, rotation=90 if max(map(len, labels)) > 2 else 0)
+    axes.set(title=title, xlabel="position in the response", ylabel="pass", ylim=(0, None))
+    axes.margins(x=0.02)
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
+    content = io.BytesIO()
+    plot.savefig(content, dpi=150, format=kind)
+    return content.getvalue()
