@@ -168,7 +168,7 @@ def parser() -> cli.Parser:
 
 def main(args: argparse.Namespace):
     """Runs the command and prints a summary."""
-    if args.temperature == 0 and args.remasking == "low_confidence":
+    if args.temperature == 0 and not sampling.CONFIDENCES[args.remasking].random:
         raise ValueError(
             "--temperature=0 gives every sample of a prompt the same response; raise it"
         )

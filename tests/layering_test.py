@@ -48,7 +48,9 @@ FLOORS = (
 )
 ROOMS = {room: set(allowed.split()) for floor in FLOORS for room, allowed in floor.items()}
 # What a command opens: it may import these beside what its room may.
-COMMANDS = set("checkpoints cli data files metrics models parallel tokenizer".split())
+COMMANDS = {
+    "checkpoints", "cli", "data", "files", "metrics", "models", "parallel", "tokenizer"
+}  # fmt: skip
 IS_COMMAND = {"__main__.py", "measure.py"}  # variance/measure.py is the laboratory's command
 
 

@@ -40,9 +40,8 @@ def response_batches(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
-    for name in ("trace", "suffix"):
-        if settings.get(name) is not None and settings[name] is not False:
-            raise ValueError(f"{name} is of one batch: call generate for it")
+    if settings.get("suffix") is not None:
+        raise ValueError("suffix is for one batch: call generate with it")
     numbers = np.arange(len(prompts)) if row_ids is None else np.asarray(row_ids)
     if numbers.shape != (len(prompts),):
         raise ValueError(f"row_ids: {numbers.size} for {len(prompts)} prompts: give one for each")
@@ -108,8 +107,10 @@ def sample_responses(
     random draws of a prompt are those of `key` and its entry of row_ids, by default its index: give
     row_ids to have the same draws for the prompts in another order.
 
-    Raises ValueError as `generate` does, or if batch_size is less than 1.
+    Raises ValueError as `generate` does, if batch_size is less than 1, or for `suffix` or `trace`.
     """
+    if settings.get("trace"):
+        raise ValueError("trace=True is for response_batches: it gives the trace of each batch")
     out = [np.zeros((0, gen_length), np.int32)]
     for batch in response_batches(logits_fn, prompts, gen_length=gen_length, **settings):
         out.append(batch)

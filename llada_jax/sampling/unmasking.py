@@ -7,9 +7,8 @@ package, before the first call of `generate` that uses them.
 Scores. A confidence function returns a score [l], higher is more confident. The score of a
 probability p is its log-odds log p - log(1 - p), computed from the logits without the difference
 1 - p. In float32 a probability near 1 rounds to exactly 1, and the order of confident predictions
-is lost. Log-odds keep the order that the published code gets from a float64 softmax
-(spec/samplers.md, section 1). `CONFIDENCES[...].limit` maps a threshold to the scale of the score,
-`value` maps a score back.
+is lost. Log-odds keep the order that the published code gets from a float64 softmax.
+`CONFIDENCES[...].limit` maps a threshold to the scale of the score, `value` maps a score back.
 """
 
 import dataclasses

@@ -454,7 +454,7 @@ def test_sample_responses_of_one_length_are_not_padded():
     assert set(seen) == {((4, 11), None)}
     assert len({tuple(r) for r in got.tolist()}) == 8  # within a batch and between batches
     assert sampling.sample_responses(fn, [], pad_id=EOS, batch_size=4, **GOOD).shape == (0, 8)
-    with pytest.raises(ValueError, match="trace is of one batch"):
+    with pytest.raises(ValueError, match="trace=True is for response_batches"):
         sampling.sample_responses(fn, prompts, pad_id=EOS, batch_size=4, trace=True, **GOOD)
     with pytest.raises(ValueError, match="row_ids: 2 for 8 prompts"):
         sampling.sample_responses(fn, prompts, pad_id=EOS, batch_size=4, row_ids=[0, 1], **GOOD)
