@@ -323,7 +323,6 @@ def _generate(logits_fn, prompts, attention_mask, suffix, allowed, key, row_ids,
     text = _Text(start, length, tokens != s.mask_id, may_open, attention_mask, padding, positions)
     keys = None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(row_ids)
 
-    s.gen_length // s.block_length
     state = {
         "tokens": tokens,
         "block": jnp.zeros(batch, jnp.int32),
@@ -564,6 +563,9 @@ def _commit(state, logits, view: _View, allowed, keys, s: _Settings):
     )
     choose = functools.partial(rule.choose, numbers=s.numbers, limit=confidence.limit)
     chosen = jax.vmap(choose)(row) & competes
+    if not rule.scheduled:  # a rule that chose nothing would be asked the same for ever
+        none = ~jnp.any(chosen, 1, keepdims=True)
+        chosen |= none & competes & (row.rank == 0)
 
     # If the candidate is the mask token, the position stays masked.
     new = {

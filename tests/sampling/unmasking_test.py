@@ -154,6 +154,16 @@ def test_a_rule_from_outside():
         np.testing.assert_array_equal(tokens, [[0, 6, 6, 4, 4, 2, 2]])
         tokens = sampling.generate(fn, np.zeros((1, 1), int), remasking="descending", **settings)
         np.testing.assert_array_equal(tokens, [[0, 6, 5, 4, 3, 2, 1]])
+        # A rule that would never commit anything commits the most confident, one a pass.
+        tokens = sampling.generate(
+            fn,
+            np.zeros((1, 1), int),
+            commit="leftmost",
+            factor=0,
+            remasking="descending",
+            **settings,
+        )
+        np.testing.assert_array_equal(tokens, [[0, 6, 5, 4, 3, 2, 1]])
     finally:
         del sampling.COMMITS["leftmost"], sampling.CONFIDENCES["descending"]
 
