@@ -26,7 +26,7 @@ LINKED = [*DOCUMENTS, ROOT / "CHANGELOG.md"]
 LABELS = {"", "python", "sh", "sh long", "sh by hand", "sh elsewhere"}
 SLOW = {"estimators.md", "sampling.md"}  # their Python compiles for more than a few seconds
 # What a command may begin with, beside `python -m MODULE`, `python FILE` and `bash FILE`.
-PROGRAMS = {".", "pip", "python3", "ruff"}
+PROGRAMS = {".", "pip", "printf", "python3", "ruff"}
 WITH_ERROR = re.compile(r"(-?\d[\d.]*)(?:\s*%)?\s*\+-\s*(\d[\d.]*)")
 JOURNEY = re.compile(r"^\| \d+ \| `([\w/]+\.py)` `([\w.]+)` \|", re.MULTILINE)
 

@@ -3,7 +3,8 @@
 from llada_jax.sampling.cache import CACHES, Windows
 from llada_jax.sampling.flags import add_flags, settings_of
 from llada_jax.sampling.responses import prompt_width, response_batches, sample_responses, trim
-from llada_jax.sampling.sampler import check_schedule, generate
+from llada_jax.sampling.sampler import generate
+from llada_jax.sampling.settings import check_schedule
 from llada_jax.sampling.trace import Trace
 from llada_jax.sampling.unmasking import COMMITS, CONFIDENCES, Commit, Confidence, Numbers, Row
 

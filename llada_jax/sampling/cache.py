@@ -10,8 +10,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from jax.tree_util import Partial
-from jaxtyping import Array
 
 
 class Windows(NamedTuple):
@@ -50,21 +48,3 @@ CACHES: dict[str, Callable[[int, int, int, int], Windows] | None] = {
     "prefix": prefix,
     "dual": dual,
 }
-
-
-def cached_model(logits_fn: Callable):
-    """Returns the module and its arguments if logits_fn is a model that can cache, else None.
-
-    That is a `Partial(model.apply, variables)` of a flax module with the methods `init_cache` and
-    `with_cache` (see models.family.Family).
-    """
-    if not isinstance(logits_fn, Partial) or getattr(logits_fn.func, "__name__", "") != "apply":
-        return None
-    module = getattr(logits_fn.func, "__self__", None)
-    offers = all(hasattr(module, name) for name in ("init_cache", "with_cache"))
-    return module if offers else None
-
-
-def call_cached(logits_fn: Partial, tokens: Array, attention_mask, positions, cache):
-    """Returns (logits [b, w, v], cache) of a window of the text."""
-    return logits_fn(tokens, attention_mask, positions, cache, method="with_cache")

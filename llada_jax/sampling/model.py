@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 
+from jax.tree_util import Partial
 from jaxtyping import Array
 
 
@@ -27,3 +28,21 @@ def _takes_positions(logits_fn: Callable) -> bool:
         return "positions" in inspect.signature(function).parameters
     except (TypeError, ValueError):
         return False
+
+
+def cached_model(logits_fn: Callable):
+    """Returns the module and its arguments if logits_fn is a model that can cache, else None.
+
+    That is a `Partial(model.apply, variables)` of a flax module with the methods `init_cache` and
+    `with_cache` (see models.family.Family).
+    """
+    if not isinstance(logits_fn, Partial) or getattr(logits_fn.func, "__name__", "") != "apply":
+        return None
+    module = getattr(logits_fn.func, "__self__", None)
+    offers = all(hasattr(module, name) for name in ("init_cache", "with_cache"))
+    return module if offers else None
+
+
+def call_cached(logits_fn: Partial, tokens: Array, attention_mask, positions, cache):
+    """Returns (logits [b, w, v], cache) of a window of the text."""
+    return logits_fn(tokens, attention_mask, positions, cache, method="with_cache")

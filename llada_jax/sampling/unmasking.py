@@ -135,7 +135,7 @@ class Row(NamedTuple):
     open: Bool[Array, " l"]  # the masks that compete in this pass
     score: Float[Array, " l"]
     rank: Int[Array, " l"]  # 0 for the most confident open position; l and more where not open
-    quota: Int[Array, ""]  # how many the schedule of `steps` commits
+    quota: Int[Array, ""]  # how many the schedule commits; for a rule without steps no meaning
     entropy: Float[Array, " l"]  # of the softmax, in nats; zeros unless the rule asks for it
 
 

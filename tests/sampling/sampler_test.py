@@ -387,6 +387,7 @@ GOOD = dict(mask_id=MASK, steps=4, gen_length=8, block_length=4)
         (dict(confidence_eos_eot_inf=True), "give eos_id, eot_id or both"),
         (dict(commit="best"), "commit='best' is not one of schedule, threshold"),
         (dict(commit="threshold"), 'commit="threshold" needs threshold='),
+        (dict(steps=None), 'commit="schedule" needs steps='),
         (dict(threshold=0.9), 'threshold=0.9 has no effect with commit="schedule"'),
         (dict(commit="factor", factor=-1), "factor=-1 may not be negative"),
         (dict(commit="threshold", threshold=float("nan")), "threshold=nan is no finite number"),

@@ -524,7 +524,7 @@ def command(config, workdir, *more):
         ("vrpo_8b", ["--config.vrpo.beta=-3"], 1, "config.vrpo.beta=-3.0 must be above 0"),
         ("none", [], 2, "--config=configs/none.py: there is no such file"),
         ("sft_sudoku", ["--config.init_from=nowhere"], 1, "nowhere does not exist"),
-        ("sft_sudoku", ["--config.optimizer.peak=high"], 2, "could not convert string to float"),
+        ("sft_sudoku", ["--config.optimizer.peak=high"], 2, "=high is not of type float"),
         ("sft_sudoku", ["--dry"], 2, "unrecognized arguments: --dry"),
     ],
 )
