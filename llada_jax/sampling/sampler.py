@@ -71,9 +71,9 @@ def generate(
     cfg_scale: s > 0 applies classifier-free guidance: un + (s + 1) (cond - un), where un are the
         logits with the whole prompt masked. Both run in one batch of 2B.
     remasking: the confidence, a name in CONFIDENCES: "low_confidence" (the candidate's
-        probability), "margin" (the gap between the two best), "entropy" (minus the entropy),
-        "random" (uniform noise, needs `key`), "softmax" (the probability rounded to float32, as in
-        the published code: probabilities near 1 tie).
+        probability, rounded to float32 as in the published code: probabilities near 1 tie),
+        "probability" (the same without the rounding), "margin" (the gap between the two best),
+        "entropy" (minus the entropy), "random" (uniform noise, needs `key`).
     commit: the commit rule, a name in COMMITS: "schedule" (by `steps`); "threshold" (all at least
         that confident); "factor" (Fast-dLLM's rule) or "factor_published" (as its code has it);
         "entropy" (EB-Sampler, `entropy_budget` in nats).

@@ -4,10 +4,11 @@ A confidence is one function and one entry of CONFIDENCES. A commit rule is one 
 entry of COMMITS. Both work on the arrays of one row. Anyone may add entries, also from outside the
 package, before the first call of `generate` that uses them.
 
-Scores. A confidence function returns a score [l], higher is more confident. The score of a
-probability p is its log-odds log p - log(1 - p), computed from the logits without the difference
-1 - p. In float32 a probability near 1 rounds to exactly 1, and the order of confident predictions
-is lost. Log-odds keep the order that the published code gets from a float64 softmax.
+Scores. A confidence function returns a score [l], higher is more confident. "low_confidence" is the
+probability from a float32 softmax, as in LLaDA's code. Near 1 it rounds to exactly 1, and the order
+of confident predictions is lost. The score of any other probability p is its log-odds
+log p - log(1 - p), computed from the logits without the difference 1 - p. Log-odds keep the order
+that other published code gets from a float64 softmax.
 `CONFIDENCES[...].limit` maps a threshold to the scale of the score, `value` maps a score back.
 """
 
@@ -34,12 +35,12 @@ def probability(
     return _difference(own, _logsumexp(jnp.where(is_candidate, -jnp.inf, logits)))
 
 
-def softmax(
+def low_confidence(
     logits: Float[Array, "l v"], candidates: Int[Array, " l"], noise: Any
 ) -> Float[Array, " l"]:
     """The candidate's probability, from a float32 softmax: rounds to exactly 1 near 1.
 
-    The published `generate` of LLaDA and dLLM-Cache compute it like this.
+    `generate.py` of LLaDA and dLLM-Cache compute it like this.
     """
     del noise
     return jnp.take_along_axis(jax.nn.softmax(logits, -1), candidates[:, None], -1)[:, 0]
@@ -121,11 +122,11 @@ def _same(x):
 
 
 CONFIDENCES = {
-    "low_confidence": Confidence(probability, logit, jax.nn.sigmoid),
+    "low_confidence": Confidence(low_confidence, _same, _same),
     "random": Confidence(random, _same, _same, random=True),
+    "probability": Confidence(probability, logit, jax.nn.sigmoid),
     "margin": Confidence(margin, logit, jax.nn.sigmoid),
     "entropy": Confidence(negative_entropy, _same, _same, probability=False),
-    "softmax": Confidence(softmax, _same, _same),
 }
 
 

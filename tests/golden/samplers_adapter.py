@@ -44,8 +44,8 @@ def settings_of(run):
         "lockstep": True,
     }
     settings["cache"] = "none" if run["method"] == "plain" else run["method"]
-    if run["family"] == "llada":
-        settings["remasking"] = "softmax"  # rounded to float32, where others take float64
+    if run["family"] != "llada":
+        settings["remasking"] = "probability"  # these take a float64 softmax, LLaDA a float32 one
     if run.get("factor") is not None:
         settings |= {"commit": "factor_published", "factor": run["factor"]}
     elif run.get("threshold") is not None:

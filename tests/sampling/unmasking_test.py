@@ -28,7 +28,7 @@ def logits_of(spread, seed=0, shape=(40, 30)):
 
 def float64_confidence(name, logits, chosen):
     p = probabilities(logits)
-    if name == "low_confidence":
+    if name == "probability":
         return p[np.arange(len(p)), chosen]
     if name == "margin":
         best = -np.sort(-p, 1)
@@ -37,7 +37,7 @@ def float64_confidence(name, logits, chosen):
 
 
 @pytest.mark.parametrize("spread", [0, 10, 30])
-@pytest.mark.parametrize("name", ["low_confidence", "margin", "entropy"])
+@pytest.mark.parametrize("name", ["probability", "margin", "entropy"])
 def test_order_and_value_are_those_of_float64(name, spread):
     # Truth: a float64 softmax. At spread 30 many float32 probabilities are exactly 1.
     logits = logits_of(spread)
@@ -51,7 +51,7 @@ def test_order_and_value_are_those_of_float64(name, spread):
     for t in np.sort(expected)[[3, 20]] * (1 - 1e-6):
         limit = np.float32(confidence.limit(t))
         np.testing.assert_array_equal(score >= limit, expected >= t)
-    if spread == 30 and name == "low_confidence":
+    if spread == 30 and name == "probability":
         rounded = np.asarray(jax.nn.softmax(logits, -1)).max(1)
         assert (rounded == 1).sum() > 3  # the case for which log-odds are there
 
@@ -59,10 +59,10 @@ def test_order_and_value_are_those_of_float64(name, spread):
 def test_extreme_logits_have_finite_order():
     logits = jnp.array([[0.0, -jnp.inf, -jnp.inf], [200.0, 0.0, 0.0], [-jnp.inf, 0.0, 0.0]])
     chosen = jnp.zeros(3, jnp.int32)
-    for name in ("low_confidence", "margin", "entropy"):
+    for name in ("probability", "margin", "entropy"):
         score = np.asarray(sampling.CONFIDENCES[name].score(logits, chosen, None))
         assert not np.isnan(score).any(), name
-    value = sampling.CONFIDENCES["low_confidence"].score(logits, chosen, None)
+    value = sampling.CONFIDENCES["probability"].score(logits, chosen, None)
     np.testing.assert_array_equal(np.argsort(-value), [0, 1, 2])
     assert value[2] == -np.inf
 
@@ -107,7 +107,7 @@ def plain_rule(name, p, chosen, is_open, number):
 )
 def test_rules_agree_with_plain_loops(name, numbers):
     # Truth: plain loops in float64, on rows with 0, 1, 2, 3 and more open positions.
-    rule, confidence = sampling.COMMITS[name], sampling.CONFIDENCES["low_confidence"]
+    rule, confidence = sampling.COMMITS[name], sampling.CONFIDENCES["probability"]
     sizes = set()
     for seed, count in enumerate((0, 1, 2, 3, 3, 3, 9, 40)):
         logits = logits_of(12, seed)
