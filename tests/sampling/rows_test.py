@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.tree_util import Partial
 
 from llada_jax import sampling
@@ -83,6 +85,20 @@ def test_tokens_of_a_row_are_its_own(case):
             fn, [PROMPTS[i] for i in rows], batch_size=len(rows), row_ids=rows, **settings
         )
         np.testing.assert_array_equal(got, alone[rows])
+
+
+def test_eight_devices_write_what_one_does():
+    """200 prompts of one length, their rows split over eight devices: 0 of 2400 tokens differ."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+    prompts = np.random.default_rng(2).integers(0, MASK, (200, 7))
+    settings = {k: v for k, v in SETTINGS.items() if k != "pad_id"} | CASES["drawn"]
+    alone = sampling.generate(model(), prompts, **settings)
+    fn = jax.device_put(model(), NamedSharding(mesh, P()))
+    split = sampling.generate(
+        fn, jax.device_put(prompts, NamedSharding(mesh, P("data"))), **settings
+    )
+    assert len(split.sharding.device_set) == 8
+    np.testing.assert_array_equal(split, alone)
 
 
 def biased(bias, fn, tokens, attention_mask=None, positions=None):
