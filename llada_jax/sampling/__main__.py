@@ -66,7 +66,8 @@ def main(args: argparse.Namespace):
     render = picture.renderer(args.picture) if args.picture else None
     prompts = _prompts(args)
     settings = {k: v for k, v in settings_of(args).items() if v is not None}
-    about = {"template": args.template, "dtype": args.dtype, "seed": args.seed, **settings}
+    about = {name: getattr(args, name) for name in ("model", "template", "dtype", "seed")}
+    about |= settings
     done = _answered(args.out, prompts, about) if args.out else 0
     if done == len(prompts):
         print(f"{args.out} has all {done} responses")
@@ -91,9 +92,11 @@ def main(args: argparse.Namespace):
         **special,
         **settings,
     )
-    progress = metrics.Progress(len(ids), done, unit="response", show=(), every=5)
     first = prompts[done]
-    with progress if args.out else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if args.out:  # printed responses are their own progress
+            progress = metrics.Progress(len(ids), done, unit="response", show=(), every=5)
+            stack.enter_context(progress)
         began = time.monotonic()
         for batch in batches:
             seconds, began = time.monotonic() - began, time.monotonic()

@@ -52,6 +52,9 @@ def test_a_file_of_responses_is_continued(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(f"--prompts=jsonl:{tmp_path}/prompts.jsonl", f"--out={out}", "--seed=1")
     assert "is not of these prompts and settings" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(f"--prompts=jsonl:{tmp_path}/prompts.jsonl", f"--out={out}", "--model=another")
+    assert "is not of these prompts and settings" in capsys.readouterr().err
     (tmp_path / "notes.jsonl").write_text("{}\n")
     with pytest.raises(SystemExit):
         run(f"--prompt={PUZZLES[0]}", f"--out={tmp_path}/notes.jsonl")
