@@ -91,12 +91,15 @@ def attend_over(
     key: Float[Array, "b l k d"],
     value: Float[Array, "b l k d"],
     *,
-    attention_mask: Bool[Array, "b l"] | None = None,
+    attention_mask: Bool[Array, "b l"] | Bool[Array, "b w l"] | None = None,
 ) -> Float[Array, "b w h d"]:
     """Softmax attention of w queries over l other keys, scaled by 1 / sqrt(d): plain JAX.
 
-    A query attends to the keys whose `attention_mask` is true. The softmax is in float32.
+    A query attends to the keys whose `attention_mask` is true; a mask of three axes says it for
+    each query. The softmax is in float32.
     """
+    if attention_mask is not None and attention_mask.ndim == 3:
+        return _xla(query, key, value, attention_mask, None)
     keys_of = queries_of = None
     if attention_mask is not None:
         queries_of = jnp.zeros(query.shape[:2], jnp.int32)
@@ -113,10 +116,17 @@ def _device() -> tuple[str, str]:
 
 
 def _xla(query, key, value, queries_of, keys_of):
+    """Plain attention of a query to the keys with its own id.
+
+    Without ids of keys, `queries_of` [b, w, l] says which keys each query attends to.
+    """
     length = query.shape[1]
 
     def block(queries, queries_of, key=key, value=value):
-        mask = None if keys_of is None else (queries_of[:, :, None] == keys_of[:, None, :])[:, None]
+        mask = queries_of
+        if keys_of is not None:
+            mask = queries_of[:, :, None] == keys_of[:, None, :]
+        mask = None if mask is None else mask[:, None]
         # By default, accelerators multiply float32 in fewer bits.
         with jax.default_matmul_precision("highest" if queries.dtype == jnp.float32 else "default"):
             return jax.nn.dot_product_attention(

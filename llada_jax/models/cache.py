@@ -12,36 +12,61 @@ from jaxtyping import Array, Bool, Float, Int
 class KeyValues:
     """Rotated keys and values of all layers and positions, and where the next pass writes.
 
-    The tokens of a pass stand at `start`, `start` + 1, ... of the text. Those from `first` on
-    replace their keys and values; those before it keep what is there.
+    The tokens of a pass stand at `places` of the text (None: at all of them, in order). Their keys
+    and values are written where `writes` is true (None: everywhere).
     """
 
     keys: Float[Array, "n b l k d"]
     values: Float[Array, "n b l k d"]
-    start: Int[Array, ""]
-    first: Int[Array, ""]
     layer: Int[Array, ""]  # the next layer to write
+    places: Int[Array, "b w"] | None = None
+    writes: Bool[Array, "b w"] | None = None
+    # Whether the places of a row are s, s + 1, ...: then one slice a row is written.
+    contiguous: bool = flax.struct.field(pytree_node=False, default=True)
 
     @classmethod
     def zeros(cls, shape: tuple[int, ...], dtype) -> "KeyValues":
         """An empty cache of shape [layers, rows, length, heads, size]."""
-        zero = jnp.int32(0)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), zero, zero, zero)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.int32(0))
+
+    def at(
+        self,
+        places: Int[Array, "b w"] | None = None,
+        writes: Bool[Array, "b w"] | None = None,
+        contiguous: bool = True,
+    ) -> "KeyValues":
+        """The same keys and values, for a pass over tokens that stand at `places`."""
+        return dataclasses.replace(
+            self, places=places, writes=writes, contiguous=contiguous, layer=jnp.int32(0)
+        )
 
     def put(self, key: Float[Array, "b w k d"], value: Float[Array, "b w k d"]):
         """Writes a layer; returns the cache for the next, and the layer's keys and values."""
-        replaced: Bool[Array, "w 1 1"] = (self.start + jnp.arange(key.shape[1]) >= self.first)[
-            :, None, None
-        ]
-
-        def write(kept, fresh):
-            at = (self.layer, 0, self.start, 0, 0)
-            old = jax.lax.dynamic_slice(kept, at, (1, *fresh.shape))[0]
-            fresh = jnp.where(replaced, fresh.astype(kept.dtype), old)
-            # In place: the loops over layers and passes carry the buffer.
-            return jax.lax.dynamic_update_slice(kept, fresh[None], at)
-
-        keys, values = write(self.keys, key), write(self.values, value)
+        keys, values = self._write(self.keys, key), self._write(self.values, value)
         here = (jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False) for x in (keys, values))
-        cache = dataclasses.replace(self, keys=keys, values=values, layer=self.layer + 1)
-        return cache, *here
+        return dataclasses.replace(self, keys=keys, values=values, layer=self.layer + 1), *here
+
+    def _write(self, kept, fresh):
+        # Always in place: the loops over layers and passes carry the buffer.
+        fresh = fresh.astype(kept.dtype)
+        writes = None if self.writes is None else self.writes[:, :, None, None]
+        rows = jnp.arange(fresh.shape[0])
+        if self.places is None:
+            if writes is not None:
+                old = jax.lax.dynamic_index_in_dim(kept, self.layer, keepdims=False)
+                fresh = jnp.where(writes, fresh, old)
+            return jax.lax.dynamic_update_index_in_dim(kept, fresh, self.layer, 0)
+        if not self.contiguous:
+            places = self.places
+            if self.writes is not None:
+                places = jnp.where(self.writes, places, kept.shape[2])
+            return kept.at[self.layer, rows[:, None], places].set(fresh, mode="drop")
+        at = jnp.stack([jnp.full_like(rows, self.layer), rows, self.places[:, 0]], 1)
+        if writes is not None:
+            gather = jax.lax.GatherDimensionNumbers((1, 2, 3), (0, 1), (0, 1, 2))
+            old = jax.lax.gather(kept, at, gather, (1, 1, *fresh.shape[1:]), mode="clip")
+            fresh = jnp.where(writes, fresh, old)
+        scatter = jax.lax.ScatterDimensionNumbers((1, 2, 3), (0, 1), (0, 1, 2))
+        return jax.lax.scatter(
+            kept, at, fresh, scatter, indices_are_sorted=True, unique_indices=True, mode="clip"
+        )

@@ -23,8 +23,10 @@ class Family:
 
     `Module(config, dtype, param_dtype, remat, attention, logps_chunk, unroll)` is a linen module
     with the methods `__call__` and `token_logps` of `llada.LLaDA`. For the sampler's caches it also
-    has its `init_cache(batch, length)` and `with_cache(tokens, attention_mask, positions, cache)
-    -> (logits, cache)`; a cache has the fields `start` and `first` of `cache.KeyValues`.
+    has its `init_cache(batch, length)` and `with_cache(tokens, attention_mask, positions, cache,
+    at) -> (logits, cache)`, with the method `at` of `cache.KeyValues`; and, for the selective
+    cache, `init_features` and `with_features` of the same form, with the method `plan` of
+    `features.Features`.
     """
 
     Config: Any

@@ -1,15 +1,18 @@
 """LLaDA in Flax linen: configuration, transformer, log-probabilities of targets, FLOPs."""
 
 import dataclasses
+import functools
 from typing import Any, ClassVar
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from llada_jax.models import attention as attention_lib
 from llada_jax.models.cache import KeyValues
 from llada_jax.models.family import Family, Row
+from llada_jax.models.features import Features, Layer, layer_pass
 from llada_jax.models.layers import REMAT, Linear, RMSNorm, constrain, rotate
 from llada_jax.models.logps import chunked_logps, head_logits
 
@@ -155,31 +158,35 @@ class Block(nn.Module):
     param_dtype: Any
     attention: str
 
-    @nn.compact
+    def setup(self):
+        """Declares the norms and the seven matrices."""
+        cfg = self.config
+        kv_size = cfg.n_kv_heads * cfg.head_size
+
+        def linear(inputs, outputs, *axes):
+            return Linear(inputs, outputs, axes, cfg.init_std, self.dtype, self.param_dtype)
+
+        def norm():
+            return RMSNorm(cfg.rms_norm_eps, self.dtype, self.param_dtype)
+
+        self.attn_norm, self.ff_norm = norm(), norm()
+        self.q_proj = linear(cfg.d_model, cfg.d_model, "embed", "heads")
+        self.k_proj = linear(cfg.d_model, kv_size, "embed", "kv_heads")
+        self.v_proj = linear(cfg.d_model, kv_size, "embed", "kv_heads")
+        self.attn_out = linear(cfg.d_model, cfg.d_model, "heads", "embed")
+        self.ff_proj = linear(cfg.d_model, cfg.mlp_hidden_size, "embed", "mlp")
+        self.up_proj = linear(cfg.d_model, cfg.mlp_hidden_size, "embed", "mlp")
+        self.ff_out = linear(cfg.mlp_hidden_size, cfg.d_model, "mlp", "embed")
+
     def __call__(self, carry, attention_mask, segment_ids, positions):
         """Maps (x [b, l, d], cache or None) to (that of the next layer, None), as nn.scan needs."""
-        cfg, (x, cache) = self.config, carry
-
-        def linear(name, outputs, *axes):
-            return lambda x: Linear(
-                x.shape[-1], outputs, axes, cfg.init_std, self.dtype, self.param_dtype, name=name
-            )(x)
-
-        def norm(name):
-            return RMSNorm(cfg.rms_norm_eps, self.dtype, self.param_dtype, name=name)
-
-        def split(y, heads):
-            return constrain(y.reshape(*y.shape[:-1], heads, cfg.head_size), "act_heads", None)
-
-        kv_size = cfg.n_kv_heads * cfg.head_size
-        y = norm("attn_norm")(x)
-        q = split(linear("q_proj", cfg.d_model, "embed", "heads")(y), cfg.n_heads)
-        k = split(linear("k_proj", kv_size, "embed", "kv_heads")(y), cfg.n_kv_heads)
-        v = split(linear("v_proj", kv_size, "embed", "kv_heads")(y), cfg.n_kv_heads)
-        q, k = rotate(q, positions, cfg.rope_theta), rotate(k, positions, cfg.rope_theta)
+        x, cache = carry
+        y = self.attn_norm(x)
+        (q, k), v = self._queries(y, positions), self._values(y)
         if cache is not None:
             cache, k, v = cache.put(k, v)
-        if k.shape[1] == q.shape[1]:
+        by_query = attention_mask is not None and attention_mask.ndim == 3
+        if k.shape[1] == q.shape[1] and not by_query:
             y = attention_lib.attend(
                 q,
                 k,
@@ -190,15 +197,39 @@ class Block(nn.Module):
             )
         else:
             y = attention_lib.attend_over(q, k, v, attention_mask=attention_mask)
-        x = x + linear("attn_out", cfg.d_model, "heads", "embed")(y.reshape(x.shape))
-        x = constrain(x, "act_embed")
+        x = constrain(x + self.attn_out(y.reshape(x.shape)), "act_embed")
+        return (constrain(x + self.mlp(x), "act_embed"), cache), None
 
-        y = norm("ff_norm")(x)
-        gate = linear("ff_proj", cfg.mlp_hidden_size, "embed", "mlp")(y)
-        up = linear("up_proj", cfg.mlp_hidden_size, "embed", "mlp")(y)
-        y = constrain(nn.silu(gate) * up, "act_mlp")
-        x = x + linear("ff_out", cfg.d_model, "mlp", "embed")(y)
-        return (constrain(x, "act_embed"), cache), None
+    def _split(self, y, heads):
+        return constrain(y.reshape(*y.shape[:-1], heads, self.config.head_size), "act_heads", None)
+
+    def _queries(self, y, positions):
+        """Rotated queries and keys of normed activations."""
+        cfg = self.config
+        q = self._split(self.q_proj(y), cfg.n_heads)
+        k = self._split(self.k_proj(y), cfg.n_kv_heads)
+        return rotate(q, positions, cfg.rope_theta), rotate(k, positions, cfg.rope_theta)
+
+    def _values(self, y):
+        return self._split(self.v_proj(y), self.config.n_kv_heads)
+
+    def mlp(self, x):
+        """What the gated MLP adds to x [b, l, d]."""
+        y = self.ff_norm(x)
+        return self.ff_out(constrain(nn.silu(self.ff_proj(y)) * self.up_proj(y), "act_mlp"))
+
+    def queries(self, x, positions):
+        """Rotated queries and keys of x [b, w, d], for a cache of features."""
+        return self._queries(self.attn_norm(x), positions)
+
+    def values(self, x):
+        """Values of x [b, w, d], for a cache of features."""
+        return self._values(self.attn_norm(x))
+
+    def attend(self, q, k, v, attention_mask):
+        """What attention over all positions adds, for a cache of features."""
+        y = attention_lib.attend_over(q, k, v, attention_mask=attention_mask)
+        return self.attn_out(y.reshape(*q.shape[:2], -1))
 
 
 class LLaDA(nn.Module):
@@ -271,6 +302,11 @@ class LLaDA(nn.Module):
         (x, cache), _ = self.blocks((x, cache), attention_mask, segment_ids, positions)
         return self.ln_f(x), cache
 
+    def _logits(self, hidden, at=None) -> Float32[Array, "*b p v"]:
+        if at is not None:
+            hidden = jnp.take_along_axis(hidden, at[..., None], -2)
+        return head_logits(hidden, self._head())
+
     def _head(self) -> Float[Array, "d v"] | Any:
         return self.wte.embedding.T if self.config.weight_tying else self.ff_out.kernel
 
@@ -280,11 +316,13 @@ class LLaDA(nn.Module):
         attention_mask: Int[Array, "..."] | Bool[Array, "..."] | None = None,
         segment_ids: Int[Array, "..."] | None = None,
         positions: Int[Array, "..."] | None = None,
-    ) -> Float32[Array, "*b l v"]:
-        """The logits of every position.
+        at: Int[Array, "*b t"] | None = None,
+    ) -> Float32[Array, "*b p v"]:
+        """The logits of every position, or of the positions `at` alone ([*b, t, v]).
 
         A query attends to the keys of its own segment whose `attention_mask` is not 0. `positions`
-        default to 0, 1, ... along the row. All three arrays broadcast to the shape of `tokens`.
+        default to 0, 1, ... along the row. All three arrays broadcast to the shape of `tokens`. An
+        attention_mask [b, l, l] says for each query (second axis) what it attends to.
         """
 
         def rows(x):
@@ -294,11 +332,10 @@ class LLaDA(nn.Module):
                 else jnp.broadcast_to(x, tokens.shape).reshape(-1, tokens.shape[-1])
             )
 
-        hidden, _ = self._hidden(
-            *(rows(x) for x in (tokens, attention_mask, segment_ids, positions))
-        )
-        logits = head_logits(hidden, self._head())
-        return logits.reshape(*tokens.shape, -1)
+        if attention_mask is None or attention_mask.ndim <= tokens.ndim:
+            attention_mask = rows(attention_mask)
+        hidden, _ = self._hidden(rows(tokens), attention_mask, rows(segment_ids), rows(positions))
+        return self._logits(hidden.reshape(*tokens.shape, -1), at)
 
     def init_cache(self, batch: int, length: int) -> KeyValues:
         """An empty cache for texts of `batch` rows and `length` positions."""
@@ -309,19 +346,61 @@ class LLaDA(nn.Module):
     def with_cache(
         self,
         tokens: Int[Array, "b w"],
-        attention_mask: Int[Array, "b l"] | Bool[Array, "b l"] | None,
+        attention_mask: Int[Array, "..."] | Bool[Array, "..."] | None,
         positions: Int[Array, "b w"],
         cache: KeyValues,
-    ) -> tuple[Float32[Array, "b w v"], KeyValues]:
+        at: Int[Array, "b t"] | None = None,
+    ) -> tuple[Float32[Array, "b p v"], KeyValues]:
         """The logits of a part of the text, and the cache with its keys and values.
 
-        The queries are the tokens, which stand at `cache.start` of the text. They attend to all l
-        positions: to their own keys where the cache is replaced (`cache.first`), to the kept ones
-        elsewhere. `attention_mask` is that of the whole text, `positions` those of the tokens.
+        The queries are the tokens, which stand at `cache.places` of the text. They attend to all l
+        positions: to their own keys where the cache is written, to the kept ones elsewhere.
+        `attention_mask` is that of the whole text, [b, l] or for each query [b, w, l]; `positions`
+        are those of the tokens. With `at`, the logits are those of the tokens [b, t] with these
+        indices alone.
         """
-        cache = dataclasses.replace(cache, layer=jnp.int32(0))
         hidden, cache = self._hidden(tokens, attention_mask, None, positions, cache)
-        return head_logits(hidden, self._head()), cache
+        return self._logits(hidden, at), cache.at()
+
+    def init_features(self, batch: int, length: int) -> Features:
+        """Empty features for texts of `batch` rows and `length` positions."""
+        cfg = self.config
+        sizes = (cfg.n_layers, batch, length, cfg.n_kv_heads, cfg.head_size, cfg.d_model)
+        return Features.zeros(*sizes, self.dtype)
+
+    def with_features(
+        self,
+        tokens: Int[Array, "b l"],
+        attention_mask: Int[Array, "b l"] | Bool[Array, "b l"] | None,
+        positions: Int[Array, "b l"],
+        cache: Features,
+        at: Int[Array, "b t"] | None = None,
+    ) -> tuple[Float32[Array, "b p v"], Features]:
+        """The logits of a text of which each layer computes only a part, and the features.
+
+        `cache.plan` says which part. The first layer computes all of it. With `at`, the logits are
+        those of the positions `at` alone.
+        """
+        block = Block(self.config, self.dtype, self.param_dtype, self.attention, parent=None)
+        params = self.variables["params"]["blocks"]
+        if attention_mask is not None:
+            attention_mask = attention_mask.astype(bool)
+
+        def one(index, carry, everything=False):
+            of_layer = jax.tree.map(
+                lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False), params
+            )
+            call = functools.partial(block.apply, {"params": of_layer})
+            layer = Layer(
+                *(functools.partial(call, method=m) for m in ("values", "queries", "attend", "mlp"))
+            )
+            return layer_pass(
+                layer, index, carry[0], attention_mask, positions, carry[1], everything
+            )
+
+        carry = one(0, (constrain(self.wte(tokens), "act_embed"), cache), everything=True)
+        x, cache = jax.lax.fori_loop(1, self.config.n_layers, one, carry)
+        return self._logits(self.ln_f(x), at), cache.plan()
 
     def token_logps(
         self,

@@ -1,29 +1,45 @@
 """How a model writes: one compiled sampler, and responses to prompts of any lengths."""
 
-from llada_jax.sampling.cache import CACHES, Windows
+from llada_jax.sampling.cache import CACHES, Cache, Windows
 from llada_jax.sampling.flags import add_flags, settings_of
-from llada_jax.sampling.responses import prompt_width, response_batches, sample_responses, trim
-from llada_jax.sampling.sampler import generate
-from llada_jax.sampling.settings import check_schedule
+from llada_jax.sampling.growth import Growth
+from llada_jax.sampling.responses import (
+    Response,
+    prompt_width,
+    respond,
+    sample_responses,
+    trim,
+)
+from llada_jax.sampling.revoke import REVOKES, Revoke, Written
+from llada_jax.sampling.sampler import generate, lower, stream
+from llada_jax.sampling.settings import Settings, check_schedule
 from llada_jax.sampling.trace import Trace
-from llada_jax.sampling.unmasking import COMMITS, CONFIDENCES, Commit, Confidence, Numbers, Row
+from llada_jax.sampling.unmasking import COMMITS, CONFIDENCES, Commit, Confidence, Row
 
 __all__ = [
     "CACHES",
     "COMMITS",
     "CONFIDENCES",
+    "REVOKES",
+    "Cache",
     "Commit",
     "Confidence",
-    "Numbers",
+    "Growth",
+    "Response",
+    "Revoke",
     "Row",
+    "Settings",
     "Trace",
     "Windows",
+    "Written",
     "add_flags",
     "check_schedule",
     "generate",
+    "lower",
     "prompt_width",
-    "response_batches",
+    "respond",
     "sample_responses",
     "settings_of",
+    "stream",
     "trim",
 ]

@@ -7,6 +7,7 @@ python -m llada_jax.sampling --model=DIR --prompts=jsonl:prompts.jsonl --out=res
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -25,7 +26,7 @@ from llada_jax.data.templates import encode_prompt
 from llada_jax.files import is_remote, write_whole
 from llada_jax.sampling import picture
 from llada_jax.sampling.flags import add_flags, settings_of
-from llada_jax.sampling.responses import response_batches, trim
+from llada_jax.sampling.responses import respond, trim
 
 TEMPLATES = ("chat", "plain", "raw")
 
@@ -55,6 +56,9 @@ def parser() -> cli.Parser:
         default="chat",
         help="plain: BOS and the text; raw: the text",
     )
+    parser.add_argument(
+        "--stop", action="append", default=[], help="end a response before this text; repeatable"
+    )
     parser.add_argument("--dtype", help="cast the parameters, as to bfloat16; default: as stored")
     parser.add_argument("--seed", type=int, default=0)
     add_flags(parser)
@@ -67,60 +71,98 @@ def main(args: argparse.Namespace):
     prompts = _prompts(args)
     settings = {k: v for k, v in settings_of(args).items() if v is not None}
     about = {name: getattr(args, name) for name in ("model", "template", "dtype", "seed")}
-    about |= settings
-    done = _answered(args.out, prompts, about) if args.out else 0
-    if done == len(prompts):
-        print(f"{args.out} has all {done} responses")
+    if args.stop:
+        about["stop"] = args.stop
+    about |= {k: dataclasses.asdict(v) if k == "growth" else v for k, v in settings.items()}
+    lines = _answered(args.out, prompts, about) if args.out else {}
+    if len(lines) == len(prompts):
+        print(f"{args.out} has all {len(lines)} responses")
         return
 
     logits_fn, config, tokenizer = loading.open_model(args.model, args.dtype)
     special = loading.special_ids(config, tokenizer)
-    ids = [_encode(tokenizer, prompt, args.template) for prompt in prompts]
+    missing = [i for i in range(len(prompts)) if i not in lines]
+    ids = [_encode(tokenizer, prompts[i], args.template) for i in missing]
     longest = max(map(len, ids)) + args.gen_length
     if longest > config.max_sequence_length:
         raise ValueError(
             f"the longest prompt and gen_length={args.gen_length} are {longest} tokens, the model "
             f"takes {config.max_sequence_length}: lower --gen_length or shorten the prompt"
         )
-    batches = response_batches(
+
+    def text_of(tokens) -> str:
+        return tokenizer.decode(trim(tokens, special["eos_id"], special["eot_id"]))
+
+    def stop(tokens: list[int]) -> bool:
+        text = text_of(tokens)
+        return any(word in text for word in args.stop)
+
+    found = respond(
         logits_fn,
-        ids[done:],
-        batch_size=min(args.batch_size, len(ids) - done),
+        ids,
+        batch_size=args.batch_size,
         key=jax.random.key(args.seed),
-        row_ids=range(done, len(ids)),
-        trace=True,
+        row_ids=missing,
+        stop=stop if args.stop else None,
         **special,
         **settings,
     )
-    first = prompts[done]
     with contextlib.ExitStack() as stack:
+        progress = None
         if args.out:  # printed responses are their own progress
-            progress = metrics.Progress(len(ids), done, unit="response", show=(), every=5)
+            progress = metrics.Progress(len(prompts), len(lines), unit="response", show=(), every=5)
             stack.enter_context(progress)
-        began = time.monotonic()
-        for batch in batches:
-            seconds, began = time.monotonic() - began, time.monotonic()
-            lines = [
-                {
-                    "prompt": prompt,
-                    "text": tokenizer.decode(trim(row, special["eos_id"], special["eot_id"])),
-                    "passes": int(passes),
-                    "seconds": round(seconds, 3),
-                    "settings": about,
-                }
-                for prompt, row, passes in zip(
-                    prompts[done:], batch.tokens, batch.row_passes, strict=False
-                )
-            ]
-            done += len(lines)
-            if args.out:
-                _append(args.out, lines)
-                progress.update(done)
-            else:
-                print("\n".join(line["text"] for line in lines), flush=True)
-            if render:
-                write_whole(args.picture, _picture(render, batch, tokenizer, special, first))
-                render = None
+        write = _Writer(args.out, prompts, lines, about, progress)
+        for response in found:
+            index = missing[response.index]
+            text = _before(text_of(response.tokens), args.stop)
+            write(index, text, response.passes)
+            if render and index == missing[0]:
+                words = _picture(render, response, tokenizer, special, prompts[index])
+                write_whole(args.picture, words)
+        write.close()
+
+
+def _before(text: str, stops: list[str]) -> str:
+    """The text before the first of the stop strings."""
+    ends = [text.find(stop) for stop in stops if stop in text]
+    return text[: min(ends)] if ends else text
+
+
+class _Writer:
+    """Prints responses in the order of their prompts, or appends them to a file as they come."""
+
+    def __init__(
+        self, out: str | None, prompts: list, lines: dict[int, dict], about: dict, progress
+    ):
+        self.out, self.prompts, self.lines, self.about = out, prompts, lines, about
+        self.progress, self.printed, self.began = progress, 0, time.monotonic()
+
+    def __call__(self, index: int, text: str, passes: int):
+        """Takes a response; its seconds are those since the one before."""
+        now = time.monotonic()
+        self.lines[index] = {
+            "index": index,
+            "prompt": self.prompts[index],
+            "text": text,
+            "passes": passes,
+            "seconds": round(now - self.began, 3),
+            "settings": self.about,
+        }
+        self.began = now
+        if self.out:
+            _append(self.out, [self.lines[index]])
+            self.progress.update(len(self.lines))
+            return
+        while self.printed in self.lines:
+            print(self.lines[self.printed]["text"], flush=True)
+            self.printed += 1
+
+    def close(self):
+        """Puts the lines of the file into the order of the prompts."""
+        if self.out:
+            ordered = [json.dumps(self.lines[i]) + "\n" for i in sorted(self.lines)]
+            write_whole(str(pathlib.Path(self.out).expanduser()), "".join(ordered))
 
 
 def _prompts(args: argparse.Namespace) -> list:
@@ -144,28 +186,28 @@ def _encode(tokenizer, prompt, template: str) -> list[int]:
     return tokenizer.encode(prompt)
 
 
-def _answered(out: str, prompts: list, about: dict) -> int:
-    """The number of prompts that a file already answers; cuts off a line that is not whole."""
+def _answered(out: str, prompts: list, about: dict) -> dict[int, dict]:
+    """The lines by prompt that a file has already; cuts off a line that is not whole."""
     if is_remote(out):
         raise ValueError(f"--out={out}: responses are appended, so it must be a local file")
     path = pathlib.Path(out).expanduser()
     if not path.exists():
-        return 0
+        return {}
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     try:
-        lines = [json.loads(line) for line in whole.splitlines()]
-        same = [
-            line["prompt"] == prompt and line["settings"] == about
-            for line, prompt in zip(lines, prompts, strict=False)
-        ]
-    except (ValueError, KeyError, TypeError):
-        same = [False]
-    if not all(same) or len(same) < len(lines):
+        lines = {line["index"]: line for line in map(json.loads, whole.splitlines())}
+        same = all(
+            line["prompt"] == prompts[index] and line["settings"] == about
+            for index, line in lines.items()
+        )
+    except (ValueError, LookupError, TypeError):
+        same = False
+    if not same:
         raise ValueError(f"--out={out} is not of these prompts and settings: give another file")
     if whole != content:
         os.truncate(path, len(whole))
-    return len(lines)
+    return lines
 
 
 def _append(out: str, lines: list[dict]):
@@ -175,17 +217,20 @@ def _append(out: str, lines: list[dict]):
         f.writelines(json.dumps(line) + "\n" for line in lines)
 
 
-def _picture(render, batch, tokenizer, special: dict, prompt) -> str | bytes:
-    """The picture of the first response of a batch, up to its EOS or EoT."""
-    ids = trim(batch.tokens[0], special["eos_id"], special["eot_id"])
+def _picture(render, response, tokenizer, special: dict, prompt) -> str | bytes:
+    """The picture of a response, up to its EOS or EoT."""
+    ids = trim(response.tokens, special["eos_id"], special["eot_id"])
     # A token alone may be no text, so each gets what it adds to the text before it.
     texts = [tokenizer.decode(ids[:k]) for k in range(len(ids) + 1)]
     words = [after[_shared(before, after) :] for before, after in itertools.pairwise(texts)]
-    steps, confidence = batch.steps[0, : len(ids)], batch.confidence[0, : len(ids)]
+    steps, confidence, revocations = (
+        x[: len(ids)] for x in (response.steps, response.confidence, response.revocations)
+    )
     # A confidence below 0 is minus an entropy, whose exp is between 0 and 1.
     confidence = np.where(confidence < 0, np.exp(confidence), confidence)
     text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    return render(words, steps, confidence, title=textwrap.shorten(text, 80, placeholder=" ..."))
+    title = textwrap.shorten(text, 80, placeholder=" ...")
+    return render(words, steps, confidence, revocations, title=title)
 
 
 def _shared(one: str, other: str) -> int:

@@ -1,11 +1,17 @@
-"""Caches: which positions a pass computes, and whose keys and values it takes from before.
+"""Caches: which positions a pass computes, and what it takes from before.
 
-A cache is one function and one entry of CACHES. At the beginning of each block all positions are
-computed (a full pass), and their keys and values are kept. The further passes of the block compute
-only a window of the text, at whose positions new keys and values replace the kept ones; the window
-attends to all positions. The function says what the window of each block is.
+A cache is one function and one entry of CACHES.
+
+A cache of windows computes all positions when a block begins (a full pass) and keeps their keys and
+values. The further passes of the block compute only a window of the text, at whose positions new
+keys and values replace the kept ones; the window attends to all positions. The function says what
+the window of each block is.
+
+A cache of parts has every layer compute some positions and take the others' outputs from before
+(see `models.features`).
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,7 +23,8 @@ class Windows(NamedTuple):
 
     sizes: tuple[int, ...]
     size_of: np.ndarray  # [blocks] index into sizes
-    starts: np.ndarray  # [blocks] where the window begins
+    # [blocks] where the window begins. None: it is what was a mask before the pass before.
+    starts: np.ndarray | None
 
 
 def prefix(start: int, length: int, block_length: int, blocks: int) -> Windows:
@@ -43,8 +50,31 @@ def dual(start: int, length: int, block_length: int, blocks: int) -> Windows:
     return Windows((block_length,), np.zeros(blocks, int), starts)
 
 
-CACHES: dict[str, Callable[[int, int, int, int], Windows] | None] = {
-    "none": None,
-    "prefix": prefix,
-    "dual": dual,
+def delayed(start: int, length: int, block_length: int, blocks: int) -> Windows:
+    """The window is what was a mask before the pass before: a token is kept one pass late.
+
+    The second pass of a block is full, too. The sizes are those of the prefix cache.
+    Source: dKV-Cache-Decode, arXiv:2505.15781.
+    """
+    sizes, size_of, _ = prefix(start, length, block_length, blocks)
+    return Windows(sizes, size_of, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """An entry of CACHES: the function, and what `generate` must know of it."""
+
+    # (start of the response, length of the text, block_length, blocks) -> the windows
+    windows: Callable[[int, int, int, int], Windows] | None = None
+    kind: str = "windows"  # the methods that it asks of a model
+    full_passes: int = 1  # at the beginning of a block
+    needs: tuple[str, ...] = ()  # the settings that must be given
+
+
+CACHES = {
+    "none": Cache(),
+    "prefix": Cache(prefix),
+    "dual": Cache(dual),
+    "delayed": Cache(delayed, full_passes=2),
+    "selective": Cache(kind="parts", needs=("refresh", "refresh_prompt", "transfer_ratio")),
 }

@@ -1,78 +1,70 @@
 """Command-line flags for the settings of the sampler."""
 
 import argparse
+import dataclasses
+from typing import Any
 
 from llada_jax.sampling.cache import CACHES
+from llada_jax.sampling.growth import Growth
+from llada_jax.sampling.revoke import REVOKES
+from llada_jax.sampling.settings import Settings
 from llada_jax.sampling.unmasking import COMMITS, CONFIDENCES
+
+# The flag of each setting that has one: its type or its choices, and what it does.
+FLAGS: dict[str, tuple[Any, str]] = {
+    "steps": (int, "denoising steps for the whole response"),
+    "gen_length": (int, "tokens of the response"),
+    "block_length": (int, "tokens unmasked together, from left to right"),
+    "temperature": (float, "Gumbel noise; 0 takes the best token"),
+    "top_k": (int, "draw from the k most probable tokens only"),
+    "top_p": (float, "draw from the tokens of this probability only"),
+    "cfg_scale": (float, "classifier-free guidance; 0 for none"),
+    "logits_eos_inf": (bool, "never sample EOS"),
+    "remasking": (CONFIDENCES, "the confidence"),
+    "confidence_eos_eot_inf": (bool, "commit EOS and EoT last"),
+    "commit": (COMMITS, "which predictions become tokens; all but the schedule ignore --steps"),
+    "threshold": (float, "the least confidence of a commit rule that has one"),
+    "factor": (float, 'of commit "factor": higher commits more'),
+    "entropy_budget": (float, 'of commit "entropy": nats; higher commits more'),
+    "kl_threshold": (float, 'of commit "klass": nats; higher commits more'),
+    "revoke": (REVOKES, "which tokens become masks again"),
+    "threshold_back": (float, 'of revoke "wino": the least probability of a token that stays'),
+    "revoke_number": (int, 'of revoke "remdm": tokens that become masks in a pass'),
+    "revoke_passes": (int, 'of revoke "remdm": such passes in a block'),
+    "cache": (CACHES, "what is kept between passes"),
+    "refresh": (int, "with a cache: compute all in every so many passes of a block"),
+    "refresh_prompt": (int, 'of cache "selective": compute the prompt in every so many passes'),
+    "transfer_ratio": (float, 'of cache "selective": share of the response computed otherwise'),
+    "stop_at_eos": (bool, "stop once EOS and all before it is written"),
+}
+DEFAULTS = {"steps": 128, "gen_length": 128, "block_length": 32}
+
+
+def default(name: str) -> Any:
+    """The value of a setting whose flag is not given."""
+    fields = {f.name: f.default for f in dataclasses.fields(Settings)}
+    return DEFAULTS.get(name, fields[name])
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds one flag for each setting of the sampler. `settings_of` reads them back."""
+    for name, (kind, text) in FLAGS.items():
+        if kind is bool:
+            parser.add_argument(f"--{name}", action="store_true", help=text)
+        elif isinstance(kind, dict):
+            parser.add_argument(f"--{name}", choices=tuple(kind), default=default(name), help=text)
+        else:
+            parser.add_argument(f"--{name}", type=kind, default=default(name), help=text)
     parser.add_argument(
-        "--steps", type=int, default=128, help="denoising steps for the whole response"
-    )
-    parser.add_argument("--gen_length", type=int, default=128, help="tokens of the response")
-    parser.add_argument(
-        "--block_length", type=int, default=32, help="tokens unmasked together, from left to right"
-    )
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, help="Gumbel noise; 0 takes the best token"
-    )
-    parser.add_argument("--top_k", type=int, help="draw from the k most probable tokens only")
-    parser.add_argument("--top_p", type=float, help="draw from the tokens of this probability only")
-    parser.add_argument(
-        "--cfg_scale", type=float, default=0.0, help="classifier-free guidance; 0 for none"
-    )
-    parser.add_argument(
-        "--remasking", choices=tuple(CONFIDENCES), default="low_confidence", help="the confidence"
-    )
-    parser.add_argument(
-        "--commit",
-        choices=tuple(COMMITS),
-        default="schedule",
-        help="which predictions become tokens; all but the schedule ignore --steps",
-    )
-    parser.add_argument(
-        "--threshold", type=float, help='of commit "threshold": the least confidence'
-    )
-    parser.add_argument("--factor", type=float, help='of commit "factor": higher commits more')
-    parser.add_argument(
-        "--entropy_budget", type=float, help='of commit "entropy": nats; higher commits more'
-    )
-    parser.add_argument(
-        "--cache", choices=tuple(CACHES), default="none", help="keys and values that are kept"
-    )
-    parser.add_argument(
-        "--refresh", type=int, help="with a cache: compute all in every so many passes of a block"
-    )
-    parser.add_argument(
-        "--stop_at_eos", action="store_true", help="stop once EOS and all before it is written"
-    )
-    parser.add_argument("--logits_eos_inf", action="store_true", help="never sample EOS")
-    parser.add_argument(
-        "--confidence_eos_eot_inf", action="store_true", help="commit EOS and EoT last"
+        "--initial_length",
+        type=int,
+        help="let the response find its length, from this up to --gen_length (DAEDAL)",
     )
 
 
 def settings_of(args: argparse.Namespace) -> dict:
     """Returns the flags of `add_flags` as keyword arguments for `generate`."""
-    names = (
-        "steps",
-        "gen_length",
-        "block_length",
-        "temperature",
-        "top_k",
-        "top_p",
-        "cfg_scale",
-        "remasking",
-        "commit",
-        "threshold",
-        "factor",
-        "entropy_budget",
-        "cache",
-        "refresh",
-        "stop_at_eos",
-        "logits_eos_inf",
-        "confidence_eos_eot_inf",
-    )
-    return {name: getattr(args, name) for name in names}
+    settings = {name: getattr(args, name) for name in FLAGS}
+    if args.initial_length is not None:
+        settings["growth"] = Growth(args.initial_length)
+    return settings

@@ -1,8 +1,8 @@
 """Pictures of un-masking: when each token was committed, and how confident the model was.
 
 Both take, for the N tokens of one response: `words`, their texts; `steps` [N], the pass that
-committed each (0: given, -1: never); and `confidence` [N] at that commit, a number in 0..1 or nan.
-`Trace` has the last two.
+committed each (0: given, -1: never); `confidence` [N] at that commit, a number in 0..1 or nan; and
+`revocations` [N], how often a token before it was revoked. `Response` has the last three.
 """
 
 import functools
@@ -26,6 +26,7 @@ body {{ font: 16px/1.9 system-ui, sans-serif; max-width: 60em; margin: 2em auto;
 #text span {{ border-radius: 3px; padding: 2px 0 }}
 #text .masked {{ color: transparent; background: #8884 }}
 #text .new {{ outline: 2px solid }}
+#text .revoked {{ text-decoration: underline wavy; text-underline-offset: 4px }}
 #bar {{ display: flex; gap: 1em; align-items: center; margin: 1em 0 }}
 #bar input {{ flex: 1 }}
 </style>
@@ -35,9 +36,10 @@ body {{ font: 16px/1.9 system-ui, sans-serif; max-width: 60em; margin: 2em auto;
 <output id="count"></output></div>
 <div id="text">{words}</div>
 <p>Grey is a mask. A colour is the confidence at the commit: red 0, yellow 0.5, green 1. An outline
-marks the tokens of this pass.</p>
+marks the tokens of this pass. A wavy line marks positions whose first token was revoked.</p>
 <script>
 const steps = {steps}, confidence = {confidence}, passes = {passes};
+const revocations = {revocations};
 const words = [...document.querySelectorAll("#text .word")];
 const slider = document.getElementById("pass"), play = document.getElementById("play");
 let timer = null;
@@ -46,8 +48,10 @@ function show() {{
   words.forEach((word, i) => {{
     const open = steps[i] < 0 || steps[i] > now, sure = confidence[i];
     word.className = "word" + (open ? " masked" : steps[i] === now && now ? " new" : "");
+    if (!open && revocations[i]) word.className += " revoked";
     word.style.background = open || sure === null ? "" : `hsl(${{120 * sure}} 75% 50% / 0.4)`;
-    word.title = steps[i] < 1 ? "" : `pass ${{steps[i]}}, confidence ${{sure}}`;
+    word.title = steps[i] < 1 ? "" : `pass ${{steps[i]}}, confidence ${{sure}}`
+      + (revocations[i] ? `, revoked ${{revocations[i]}} times before` : "");
   }});
   document.getElementById("count").value = `pass ${{now}} of ${{passes}}`;
 }}
@@ -96,6 +100,7 @@ def animate(
     words: Sequence[str],
     steps: np.ndarray,
     confidence: np.ndarray,
+    revocations: np.ndarray | None = None,
     *,
     title: str = "Un-masking",
 ) -> str:
@@ -108,6 +113,7 @@ def animate(
         words="".join(spans),
         steps=json.dumps(steps.tolist()),
         confidence=json.dumps(sure),
+        revocations=json.dumps([int(n) for n in _counts(revocations, steps)]),
         passes=int(steps.max(initial=0)),
     )
 
@@ -116,6 +122,7 @@ def draw(
     words: Sequence[str],
     steps: np.ndarray,
     confidence: np.ndarray,
+    revocations: np.ndarray | None = None,
     *,
     title: str = "Un-masking",
     kind: str = "png",
@@ -130,6 +137,17 @@ def draw(
     points = axes.scatter(
         places, steps[places], c=confidence[places], cmap="viridis", vmin=0, vmax=1, s=28
     )
+    again = np.flatnonzero(_counts(revocations, steps) > 0)
+    if again.size:
+        axes.scatter(
+            again,
+            steps[again],
+            s=90,
+            facecolors="none",
+            edgecolors="tab:red",
+            label="revoked before",
+        )
+        axes.legend(loc="upper left", frameon=False)
     plot.colorbar(points, ax=axes, label="confidence at the commit")
     if len(words) <= 64:  # more would not be legible
         labels = [word.strip() or repr(word)[1:-1] for word in words]
@@ -142,3 +160,7 @@ def draw(
     content = io.BytesIO()
     plot.savefig(content, dpi=150, format=kind)
     return content.getvalue()
+
+
+def _counts(revocations: np.ndarray | None, steps: np.ndarray) -> np.ndarray:
+    return np.zeros(len(steps), int) if revocations is None else np.asarray(revocations)

@@ -1,122 +1,244 @@
-"""Samples responses to prompts of different lengths, batch by batch."""
+"""Responses to prompts of any lengths, from a queue of prompts.
 
+A row that is finished frees its place for the next prompt. Prompts of similar lengths share one
+compiled sampler, a bucket.
+"""
+
+import bisect
+import collections
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from llada_jax.sampling.sampler import generate
-from llada_jax.sampling.trace import Trace
+from llada_jax.sampling import loop
+from llada_jax.sampling.sampler import Job, prepare
 
 # Prompts of different lengths are padded to a multiple of this, so that other prompts can use the
 # same compiled sampler.
 _PAD_MULTIPLE = 16
 
 
+class Response(NamedTuple):
+    """The answer to one prompt, in numpy."""
+
+    index: int  # of the prompt
+    tokens: np.ndarray  # [n] int32, n the length of the response
+    steps: np.ndarray  # [n] the row's pass, from 1, that committed the position; 0 given, -1 never
+    confidence: np.ndarray  # [n] at that commit; nan where nothing was committed
+    revocations: np.ndarray  # [n] how often the position was masked again
+    passes: int  # in which the row was not yet done with its block
+
+
 def prompt_width(lengths: Iterable[int]) -> int:
-    """Returns the number of positions to which `sample_responses` pads prompts of these lengths."""
+    """Returns the number of positions of the longest prompts in `sample_responses`."""
     lengths = set(lengths)
     width = max(lengths, default=0)
     return width if len(lengths) <= 1 else -(-width // _PAD_MULTIPLE) * _PAD_MULTIPLE
 
 
-def response_batches(
+def buckets(lengths: Sequence[int], batch_size: int) -> list[tuple[int, list[int]]]:
+    """Returns (width, indices of prompts) of each bucket, the shortest prompts first.
+
+    Widths grow by a half or a third, so that at most a third of a row is padding. A bucket with
+    fewer than `batch_size` prompts joins the next.
+    """
+    longest = prompt_width(lengths)
+    sizes = [16 * n << k for k in range(40) for n in (2, 3) if 16 * n << k < longest]
+    sizes = [*sorted({16, *sizes} & set(range(longest))), longest]
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    found: list[tuple[int, list[int]]] = []
+    first = 0
+    for size in sizes:
+        last = bisect.bisect_right(order, size, key=lambda i: lengths[i])
+        if last - first >= batch_size or (size == longest and last > first):
+            found.append((size, order[first:last]))
+            first = last
+    return found
+
+
+def respond(
     logits_fn: Callable,
     prompts: Sequence,
     *,
-    mask_id: int,
     pad_id: int,
     batch_size: int,
-    gen_length: int,
+    gen_length: int | Sequence[int],
     key=None,
     row_ids: Sequence[int] | np.ndarray | None = None,
+    stop: Callable[[list[int]], bool] | None = None,
+    row_sharding: jax.sharding.Sharding | None = None,
     **settings,
-) -> Iterator[np.ndarray | Trace]:
-    """Yields the responses `[b, gen_length]` int32 of each batch of prompts, in their order.
+) -> Iterator[Response]:
+    """Yields the response to each prompt as soon as it is finished.
 
-    With trace=True it yields a Trace of numpy arrays instead, whose `passes` is `[b]`. The
-    arguments and errors are those of `sample_responses`.
+    gen_length: one length for all, or one for each prompt.
+    stop: is called with the tokens of a response whenever it has finished a block, up to the end of
+        that block; if it returns True, the response ends there. The rest of it is pad_id.
+    row_sharding: how the rows are split over devices; batch_size must be a multiple of the parts.
+
+    The other arguments and the errors are those of `sample_responses`.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
-    if settings.get("suffix") is not None:
-        raise ValueError("suffix is for one batch: call generate with it")
+    for name in ("suffix", "attention_mask", "lengths"):
+        if settings.get(name) is not None:
+            raise ValueError(f"{name} is for one batch: call generate with it")
     numbers = np.arange(len(prompts)) if row_ids is None else np.asarray(row_ids)
     if numbers.shape != (len(prompts),):
         raise ValueError(f"row_ids: {numbers.size} for {len(prompts)} prompts: give one for each")
-    width = prompt_width(map(len, prompts))
-    padded = len(set(map(len, prompts))) > 1
+    lengths = np.broadcast_to(np.asarray(gen_length), (len(prompts),))
+    longest = int(gen_length) if np.ndim(gen_length) == 0 else _whole_blocks(lengths, settings)
+    settings |= dict(gen_length=longest, key=key)
+    # Masks in a prompt compete with the response: these prompts have a sampler of their own.
+    has_mask = np.array([settings.get("mask_id") in np.asarray(p) for p in prompts], bool)
+    for group in (np.flatnonzero(~has_mask), np.flatnonzero(has_mask)):
+        for width, chosen in buckets([len(prompts[i]) for i in group], batch_size):
+            indices = [int(group[i]) for i in chosen]
+            queue = _Queue(
+                prompts=prompts,
+                numbers=numbers,
+                lengths=lengths if (lengths != longest).any() else None,
+                width=width,
+                padded=any(len(prompts[i]) != width for i in indices),
+                pad_id=pad_id,
+                size=min(batch_size, len(indices)) if row_sharding is None else batch_size,
+                sharding=row_sharding,
+            )
+            yield from _serve(logits_fn, queue, indices, stop, settings)
 
-    def of_host(first, result):
-        count = min(batch_size, len(prompts) - first)
 
-        def part(x):
-            # If other hosts hold some of the rows, gather them.
-            if not (x.is_fully_addressable or x.is_fully_replicated):
-                x = multihost_utils.process_allgather(x, tiled=True)
-            x = np.asarray(x)
-            if x.ndim == 2:
-                return x[:count, width : width + gen_length]
-            return np.broadcast_to(x, batch_size)[:count]
+def _whole_blocks(lengths: np.ndarray, settings: dict) -> int:
+    block = max(settings.get("block_length", 1), 1)
+    return -(-int(max(lengths, default=0)) // block) * block
 
-        return jax.tree.map(part, result)
 
-    running = None
-    for first in range(0, len(prompts), batch_size):
-        rows = np.full((batch_size, width), pad_id, np.int32)
-        attended = np.ones((batch_size, width), np.int32)
-        # The last batch is filled up with its last prompt.
-        of_rows = np.minimum(first + np.arange(batch_size), len(prompts) - 1)
-        for i, of_row in enumerate(of_rows):
-            prompt = prompts[of_row]
-            rows[i, width - len(prompt) :] = prompt
-            attended[i, : width - len(prompt)] = 0
-        result = generate(
-            logits_fn,
-            rows,
-            mask_id=mask_id,
-            gen_length=gen_length,
-            attention_mask=attended if padded else None,
-            key=key,
-            row_ids=numbers[of_rows],
-            **settings,
+@dataclasses.dataclass
+class _Queue:
+    """How prompts become rows."""
+
+    prompts: Sequence
+    numbers: np.ndarray  # of the random draws
+    lengths: np.ndarray | None  # of the responses
+    width: int
+    padded: bool
+    pad_id: int
+    size: int  # rows
+    sharding: jax.sharding.Sharding | None
+
+    def rows(self, of_row: Sequence[int | None]) -> dict[str, Any]:
+        """The arguments of `prepare` for the prompts of all rows; None has no prompt."""
+        tokens = np.full((self.size, self.width), self.pad_id, np.int32)
+        attended = np.ones(tokens.shape, np.int32)
+        lengths = None if self.lengths is None else np.ones(self.size, np.int32)
+        numbers = np.zeros(self.size, np.int32)
+        for row, index in enumerate(of_row):
+            if index is None:
+                continue
+            prompt = self.prompts[index]
+            tokens[row, self.width - len(prompt) :] = prompt
+            attended[row, : self.width - len(prompt)] = 0
+            numbers[row] = self.numbers[index]
+            if lengths is not None:
+                lengths[row] = self.lengths[index]
+        return dict(
+            prompts=self.place(tokens),
+            attention_mask=self.place(attended) if self.padded else None,
+            lengths=None if lengths is None else self.place(lengths),
+            row_ids=self.place(numbers),
         )
-        if running:  # read the previous batch only now, so that the device never waits
-            yield of_host(*running)
-        running = first, result
-    if running:
-        yield of_host(*running)
+
+    def place(self, x: np.ndarray):
+        """Splits an array over the devices."""
+        return x if self.sharding is None else jax.device_put(x, self.sharding)
+
+
+def _serve(logits_fn, queue: _Queue, indices: list[int], stop, settings) -> Iterator[Response]:
+    """Yields the responses of a bucket; a row that is finished takes the next prompt."""
+    waiting = collections.deque(indices)
+    of_row: list[int | None] = [None] * queue.size
+    free, job, state = list(range(queue.size)), None, None
+    while True:
+        for row in free:
+            of_row[row] = waiting.popleft() if waiting else None
+        if all(index is None for index in of_row):
+            return
+        rows = queue.rows(of_row)
+        if job is None:  # all checks, and the first state
+            job = prepare(logits_fn, **rows, **settings)
+            fixed = (job.settings, job.block_only)
+            state = loop.begin(job.logits_fn, job.inputs, *fixed)
+        if free:
+            inputs = job.inputs._replace(**rows)
+            which = np.isin(np.arange(queue.size), free)
+            empty = np.array([index is None for index in of_row])
+            state = loop.refill(state, inputs, queue.place(which), queue.place(empty), fixed[0])
+        stops = np.bool_(stop is not None)
+        state = loop.until_free(job.logits_fn, job.allowed, state, *fixed, stops)
+        free = []
+        for row, response in _finished(state, job, queue, of_row, stop):
+            yield response
+            free.append(row)
+
+
+def _finished(state, job: Job, queue: _Queue, of_row, stop):
+    """Yields (row, response) of the rows that are finished, or that `stop` ends."""
+    trace = jax.tree.map(_to_host, loop.finish(state, job.settings))
+    blocks = _to_host(state.rows.block)
+    for row, index in enumerate(of_row):
+        if index is None:
+            continue
+        part = slice(queue.width, queue.width + int(trace.lengths[row]))
+        arrays = (trace.tokens, trace.steps, trace.confidence, trace.revocations)
+        response = Response(index, *(x[row, part] for x in arrays), int(trace.row_passes[row]))
+        if not trace.finished[row]:
+            known = response.tokens[: blocks[row] * job.settings.block_length]
+            if stop is None or not stop(known.tolist()):
+                continue
+            response.tokens[len(known) :] = queue.pad_id
+        yield row, response
+
+
+def _to_host(x) -> np.ndarray:
+    # If other hosts hold some of the rows, gather them.
+    if not (x.is_fully_addressable or x.is_fully_replicated):
+        x = multihost_utils.process_allgather(x, tiled=True)
+    return np.array(x)
 
 
 def sample_responses(
     logits_fn: Callable,
     prompts: Sequence,
     *,
-    gen_length: int,
+    gen_length: int | Sequence[int],
+    pad_id: int,
     progress: Callable[[int, int], object] | None = None,
     **settings,
 ) -> np.ndarray:
     """Returns responses `[N, gen_length]` int32 to N prompts of any lengths.
 
-    All batches of `batch_size` use one compiled sampler. If the prompts differ in length, they are
-    left-padded with pad_id to a multiple of 16, and the attention_mask marks the padding. The other
-    `settings` are passed to `generate`. progress(done, N) is called after each batch.
+    At most `batch_size` prompts are answered at a time. Prompts are left-padded with pad_id to the
+    width of their bucket (`buckets`), and the attention_mask marks the padding. A response that is
+    shorter than the longest is followed by pad_id. The other `settings` are those of `generate`.
+    progress(done, N) is called after each response.
 
     In float32 the response to a prompt does not depend on batch_size or on the other prompts. The
     random draws of a prompt are those of `key` and its entry of row_ids, by default its index: give
     row_ids to have the same draws for the prompts in another order.
 
-    Raises ValueError as `generate` does, if batch_size is less than 1, or for `suffix` or `trace`.
+    Raises ValueError as `generate` does, if batch_size is less than 1, or for `suffix`.
     """
-    if settings.get("trace"):
-        raise ValueError("trace=True is for response_batches: it gives the trace of each batch")
-    out = [np.zeros((0, gen_length), np.int32)]
-    for batch in response_batches(logits_fn, prompts, gen_length=gen_length, **settings):
-        out.append(batch)
+    width = int(np.max(gen_length)) if len(prompts) or not np.ndim(gen_length) else 0
+    out = np.full((len(prompts), width), pad_id, np.int32)
+    found = respond(logits_fn, prompts, gen_length=gen_length, pad_id=pad_id, **settings)
+    for done, response in enumerate(found, 1):
+        out[response.index, : len(response.tokens)] = response.tokens
         if progress:
-            progress(sum(map(len, out)), len(prompts))
-    return np.concatenate(out)
+            progress(done, len(prompts))
+    return out
 
 
 def trim(

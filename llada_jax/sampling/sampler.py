@@ -1,107 +1,55 @@
-"""`generate`: checks its arguments and runs the compiled loop.
+"""`generate` and `stream`: check their arguments and run the compiled loop.
 
 `logits_fn(tokens [B, L], attention_mask [B, L] or None) -> logits [B, L, V]`. Pass a model as
 `jax.tree_util.Partial(model.apply, {"params": params})`. In a plain closure the parameters would
 be compiled in as constants, and every new closure would compile again. A function that also takes
-`positions` gets the RoPE positions of left-padded rows. This file works with arrays only;
-`python -m llada_jax.sampling` opens models and tokenizers.
+`positions` gets the RoPE positions of left-padded rows; one that takes `at` [B, T] returns logits
+of these positions alone. This file works with arrays only; `python -m llada_jax.sampling` opens
+models and tokenizers.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array
 
-from llada_jax.sampling.loop import fill
-from llada_jax.sampling.model import cached_model
-from llada_jax.sampling.settings import Settings, check
-from llada_jax.sampling.unmasking import Numbers
+from llada_jax.sampling import loop
+from llada_jax.sampling.cache import CACHES
+from llada_jax.sampling.model import METHODS, cached_model, takes_positions
+from llada_jax.sampling.revoke import REVOKES
+from llada_jax.sampling.settings import Settings, make
+from llada_jax.sampling.state import Inputs
+from llada_jax.sampling.trace import Trace
 
 
-def generate(
-    logits_fn: Callable,
-    prompts,
-    *,
-    mask_id: int,
-    gen_length: int,
-    block_length: int,
-    steps: int | None = None,
-    temperature: float | int = 0.0,
-    cfg_scale: float | int = 0.0,
-    remasking: str = "low_confidence",
-    attention_mask=None,
-    logits_eos_inf: bool = False,
-    confidence_eos_eot_inf: bool = False,
-    eos_id: int | None = None,
-    eot_id: int | None = None,
-    key=None,
-    commit: str = "schedule",
-    threshold: float | int | None = None,
-    factor: float | int | None = None,
-    entropy_budget: float | int | None = None,
-    top_k: int | None = None,
-    top_p: float | int | None = None,
-    allowed=None,
-    suffix=None,
-    stop_at_eos: bool = False,
-    infill: str = "all",
-    lockstep: bool = False,
-    cache: str = "none",
-    refresh: int | None = None,
-    row_ids=None,
-    trace: bool = False,
-) -> Any:
+def generate(logits_fn: Callable, prompts, *, trace: bool = False, **arguments) -> Any:
     """Generates responses by block-wise iterative unmasking.
 
-    Takes prompts `[B, Lp]` and returns tokens `[B, Lp + gen_length]` int32, prompt first. The
-    response starts as masks and is filled block by block, each of block_length tokens. Each pass
-    predicts every position and commits some predictions, chosen by the commit rule; a committed
-    token never changes. In float32 a row's tokens do not depend on the other rows, on its place in
+    Takes prompts `[B, Lp]` and returns tokens `[B, Lp + gen_length]` int32, prompt first, or with
+    trace=True a `Trace`, which also has the pass and the confidence of each commit.
+
+    The response starts as masks and is filled block by block. Each pass predicts positions and
+    commits some predictions, chosen by the commit rule. A committed token changes only if a revoke
+    rule masks it again. In float32 a row's tokens do not depend on the other rows, on its place in
     the batch, or on its padding.
 
-    steps: passes for the whole response, divided equally over the blocks, which the "schedule"
-        needs. The other rules do not read it, and take at most one pass a token.
-    temperature: T > 0 draws candidates with Gumbel noise: argmax of logits - T log(-log u), in
-        float32. The confidence still comes from the logits without noise. Needs `key`.
-    top_k, top_p: at T > 0 only the k most probable tokens, or those that make up the probability p,
-        can be drawn.
-    allowed: `[V]` bool, the tokens that may be generated; None for all.
-    cfg_scale: s > 0 applies classifier-free guidance: un + (s + 1) (cond - un), where un are the
-        logits with the whole prompt masked. Both run in one batch of 2B.
-    remasking: the confidence, a name in CONFIDENCES: "low_confidence" (the candidate's
-        probability, rounded to float32 as in the published code: probabilities near 1 tie),
-        "probability" (the same without the rounding), "margin" (the gap between the two best),
-        "entropy" (minus the entropy), "random" (uniform noise, needs `key`).
-    commit: the commit rule, a name in COMMITS: "schedule" (by `steps`); "threshold" (all at least
-        that confident); "factor" (Fast-dLLM's rule) or "factor_published" (as its code has it);
-        "entropy" (EB-Sampler, `entropy_budget` in nats).
+    The arguments are the fields of `Settings`, and these arrays:
+
     attention_mask: `[B, Lp]`, 0 = not attended to; marks the left-padding of prompts. logits_fn
-        gets it extended by ones over the response, or None if it is None. With a mask, a logits_fn
+        gets it extended over the response, or None if nothing is masked. With a mask, a logits_fn
         that takes `positions` gets those counted from the row's first attended token.
-    logits_eos_inf: forbids EOS.
-    confidence_eos_eot_inf: gives EOS and EoT no confidence, so that they are committed last. This
-        applies to both at any temperature; the published code exempts EOS at T > 0.
     suffix: `[B, Ls]`, text after the response; it is part of the result. Masks in it are filled
         with the last block.
-    stop_at_eos: stops a row once EOS is committed and all before it is committed. What follows the
-        EOS becomes EOS. Tokens up to it are the same as without.
-    infill: "all" fills every mask, those of the prompt too: they compete with the first block, and
-        a block that begins with m open positions up to its end commits m. The mask token is no
-        candidate. "published" imitates the published loops: only the masks of a block are counted
-        in its schedule, all masks up to its end compete for it, and a mask token that is committed
-        stays a mask. Masks are then left if the prompt has some.
-    lockstep: rows begin each block together, as published. By default a row goes on alone, which
-        needs fewer passes and writes the same tokens. With a cache they always wait.
-    cache: a name in CACHES. "none" computes the whole text in each pass; "prefix" keeps the keys
-        and values of what is before the block, "dual" those of what is after it too. They are
-        computed anew when a block begins, so the tokens may differ from those without a cache.
-        logits_fn must be a `Partial(model.apply, variables)` of a model that offers `with_cache`.
-    refresh: computes the whole text in every so many passes of a block; 1 is the same as no cache.
+    lengths: `[B]`, the lengths of responses that are shorter than gen_length. What follows is no
+        part of the row: EOS if eos_id is given, else masks.
+    allowed: `[V]` bool, the tokens that may be generated; None for all.
+    key: of the random draws.
     row_ids: `[B]` int, numbers that tell the random draws of rows apart; by default 0, 1, ... A row
         with the same key, number and prompt draws the same in any batch.
-    trace: returns a `Trace`, which also has the pass and the confidence of each commit.
 
     Ties between confidences are broken as in torch on a CPU for a row that is alone and not padded,
     with one exception: if k > 1 tokens are committed at once in a row of 64 k or more positions,
@@ -111,34 +59,90 @@ def generate(
     settings that are invalid or contradict each other, before it compiles.
     Source: generate.py of LLaDA; each rule names its own.
     """
-    settings = Settings(
-        mask_id, steps, gen_length, block_length, temperature, top_k, top_p, cfg_scale, remasking,
-        commit, Numbers(threshold, factor, entropy_budget), logits_eos_inf, confidence_eos_eot_inf,
-        eos_id, eot_id, stop_at_eos, infill, lockstep or cache != "none", cache, refresh, trace,
-    )  # fmt: skip
-    check(settings, key is not None)
-    if cache != "none" and cached_model(logits_fn) is None:
-        raise ValueError(
-            f'cache="{cache}" needs the model itself: give logits_fn=jax.tree_util.Partial('
-            "model.apply, variables) of a model that has init_cache and with_cache"
-        )
+    job = prepare(logits_fn, prompts, **arguments)
+    result = loop.fill(job.logits_fn, job.inputs, job.allowed, job.settings, job.block_only)
+    return result if trace else result.tokens
+
+
+def stream(logits_fn: Callable, prompts, *, every: int = 1, **arguments) -> Iterator[Trace]:
+    """Yields the `Trace` (numpy arrays) of what is written, after every so many passes.
+
+    The last one is the result of `generate` with the same arguments; passes and revocations are
+    counted up to now. Positions that are not yet committed hold the mask token.
+    """
+    if every < 1:
+        raise ValueError(f"every={every} must be at least 1")
+    job = prepare(logits_fn, prompts, **arguments)
+
+    def passes():
+        state = loop.begin(job.logits_fn, job.inputs, job.settings, job.block_only)
+        stop, finished = 0, False
+        while not finished:
+            stop += every
+            state = loop.some_passes(
+                job.logits_fn, job.allowed, state, job.settings, job.block_only, stop
+            )
+            trace = jax.tree.map(np.asarray, loop.finish(state, job.settings))
+            finished = bool(trace.finished.all())
+            yield trace
+
+    return passes()
+
+
+def lower(logits_fn: Partial, prompts, **arguments) -> jax.stages.Lowered:
+    """Lowers the loop of `generate` for prompts and parameters that are shapes.
+
+    `prompts` and the leaves of logits_fn are `jax.ShapeDtypeStruct`, with shardings or without. No
+    mask may stand in such prompts.
+    """
+    job = prepare(logits_fn, prompts, **arguments)
+    return loop.fill.lower(job.logits_fn, job.inputs, job.allowed, job.settings, job.block_only)
+
+
+class Job(NamedTuple):
+    """Checked arguments, as the loop takes them."""
+
+    logits_fn: Partial
+    inputs: Inputs
+    allowed: Array | None
+    settings: Settings
+    block_only: bool  # no mask outside of the responses competes
+
+
+def prepare(
+    logits_fn: Callable,
+    prompts,
+    *,
+    attention_mask=None,
+    suffix=None,
+    lengths=None,
+    allowed=None,
+    key=None,
+    row_ids=None,
+    **settings,
+) -> Job:
+    """Checks the arguments of `generate`; raises an error of one line."""
+    s = make(key is not None, **settings)
+    _check_model(logits_fn, s)
     prompts = _ids("prompts", prompts)
     batch = prompts.shape[0]
-    if attention_mask is not None:
-        attention_mask = jnp.asarray(attention_mask)
-        if attention_mask.shape != prompts.shape:
-            raise ValueError(
-                f"attention_mask has shape {list(attention_mask.shape)}, the prompts"
-                f" {list(prompts.shape)}: it has one entry for each prompt token,"
-                " and is extended over the response"
-            )
+    attention_mask = _array("attention_mask", attention_mask, prompts.shape)
+    lengths = _array("lengths", lengths, (batch,))
     if suffix is not None:
         suffix = _ids("suffix", suffix)
         if suffix.shape[0] != batch:
             raise ValueError(f"suffix has {suffix.shape[0]} rows, the prompts {batch}")
-    row_ids = jnp.arange(batch) if row_ids is None else jnp.asarray(row_ids)
-    if row_ids.shape != (batch,):
-        raise ValueError(f"row_ids have shape {list(row_ids.shape)}: give one for each prompt")
+        for name, value in (("lengths", lengths), ("growth", s.growth)):
+            if value is not None:
+                raise ValueError(f"{name}: a response with a suffix has gen_length positions")
+    if lengths is not None:
+        if s.growth is not None:
+            raise ValueError("lengths: growth finds the lengths itself; leave one of them")
+        if not isinstance(lengths, jax.core.Tracer) and bool(
+            jnp.any((lengths < 1) | (lengths > s.gen_length))
+        ):
+            raise ValueError(f"lengths={lengths}: not all from 1 to gen_length={s.gen_length}")
+    row_ids = _array("row_ids", row_ids, (batch,))
     if allowed is not None:
         allowed = jnp.asarray(allowed)
         if allowed.ndim != 1 or allowed.dtype != bool:
@@ -147,10 +151,47 @@ def generate(
             )
     if not isinstance(logits_fn, Partial):
         logits_fn = Partial(logits_fn)
-    return fill(logits_fn, prompts, attention_mask, suffix, allowed, key, row_ids, settings)
+    block_only = s.infill == "all" and s.growth is None
+    block_only &= not any(_has_mask(x, s.mask_id) for x in (prompts, suffix))
+    inputs = Inputs(prompts, attention_mask, suffix, lengths, key, row_ids)
+    return Job(logits_fn, inputs, allowed, s, block_only)
 
 
-def _ids(name: str, ids) -> Array:
+def _check_model(logits_fn: Callable, s: Settings) -> None:
+    kind = CACHES[s.cache].kind
+    if s.cache != "none" and cached_model(logits_fn, kind) is None:
+        raise ValueError(
+            f'cache="{s.cache}" needs the model itself: give logits_fn=jax.tree_util.Partial('
+            f"model.apply, variables) of a model that has {' and '.join(METHODS[kind])}"
+        )
+    if REVOKES[s.revoke].shadow and not takes_positions(logits_fn):
+        raise ValueError(
+            f'revoke="{s.revoke}" needs a logits_fn that takes positions and an attention_mask'
+            " [B, L, L], which says for each query what it attends to"
+        )
+
+
+def _has_mask(tokens, mask_id: int) -> bool:
+    """Whether a mask may stand in the tokens; of a tracer nothing is known."""
+    if tokens is None or isinstance(tokens, jax.ShapeDtypeStruct):
+        return False
+    return isinstance(tokens, jax.core.Tracer) or bool(jnp.any(tokens == mask_id))
+
+
+def _array(name: str, x, shape: tuple[int, ...]):
+    if x is None or isinstance(x, jax.ShapeDtypeStruct):
+        return x
+    x = jnp.asarray(x)
+    if x.shape != shape:
+        raise ValueError(
+            f"{name} has shape {list(x.shape)}; with these prompts it must be {list(shape)}"
+        )
+    return x
+
+
+def _ids(name: str, ids):
+    if isinstance(ids, jax.ShapeDtypeStruct):
+        return ids
     ids = jnp.asarray(ids)
     if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(

@@ -1,8 +1,58 @@
-"""Finds the k most confident positions, and breaks ties as torch.topk does on a CPU."""
+"""Ranks positions by confidence, and breaks ties as torch.topk does on a CPU."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+
+def ranks(
+    score: Float[Array, "b t"],
+    competes: Bool[Array, "b t"],
+    quota: Int[Array, " b"],
+    places: Int[Array, "b t"],
+    ends: tuple[Int[Array, " b"], Int[Array, " b"]],
+    length: int | None,
+) -> Int[Array, "b t"]:
+    """The rank of each competing position, 0 for the most confident; t and more elsewhere.
+
+    Equal scores: the first position is the most confident. With the `length` of the text, the first
+    `quota` are those that torch.topk would choose in a row that is not padded: the row's text lies
+    between its `ends`, and its positions stand at `places` of it.
+    """
+    batch, size = score.shape
+    index = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), score.shape)
+    closed = (~competes).astype(jnp.int32)
+
+    def rank(*keys):
+        order = jax.lax.sort((closed, *keys, index), num_keys=len(keys) + 1, is_stable=True)[-1]
+        rank = jnp.zeros_like(index).at[jnp.arange(batch)[:, None], order].set(index)
+        return jnp.where(competes, rank, size + rank)
+
+    found = rank(-score)
+    if length is None:
+        return found
+    # Levels instead of scores: positions that do not compete have the lowest of all in torch.
+    ordered = -jax.lax.sort((closed, -score), num_keys=2)[1]
+    steps = jnp.pad(ordered[:, 1:] != ordered[:, :-1], ((0, 0), (1, 0)))
+    level = jnp.cumsum(steps, 1)
+    edge = quota[:, None] - 1 + jnp.arange(2)
+    inside = (edge[:, 0] >= 0) & (edge[:, 1] < jnp.sum(competes, 1))
+    edge = jnp.take_along_axis(level, jnp.clip(edge, 0, size - 1), 1)
+    tied = inside & (edge[:, 0] == edge[:, 1])
+    level = jnp.take_along_axis(level, jnp.where(competes, found, 0), 1)
+
+    def as_torch():
+        start, stop = ends
+        rows = jnp.arange(batch)[:, None]
+        value = jnp.where(competes, -level.astype(jnp.float32), -jnp.inf)
+        at = places - start[:, None]
+        text = jnp.full((batch, length), -jnp.inf)
+        text = text.at[rows, jnp.where(at < 0, length, at)].set(value, mode="drop")
+        chosen = most_confident(text, quota.astype(jnp.int32), stop - start)
+        chosen = jnp.take_along_axis(chosen, jnp.clip(at, 0, length - 1), 1)
+        return rank((~chosen).astype(jnp.int32), found)
+
+    return jax.lax.cond(jnp.any(tied), as_torch, lambda: found)
 
 
 def most_confident(

@@ -138,27 +138,19 @@ class Row(NamedTuple):
     rank: Int[Array, " l"]  # 0 for the most confident open position; l and more where not open
     quota: Int[Array, ""]  # how many the schedule commits; for a rule without steps no meaning
     entropy: Float[Array, " l"]  # of the softmax, in nats; zeros unless the rule asks for it
-
-
-@dataclasses.dataclass(frozen=True)
-class Numbers:
-    """The numbers that commit rules take, as keywords of `generate`."""
-
-    threshold: float | int | None = None
-    factor: float | int | None = None
-    entropy_budget: float | int | None = None
+    stable: Int[Array, " l"]  # passes in a row that hardly changed the prediction (KLASS), else 0
 
 
 Limit = Callable[[Any], Any]
 
 
-def schedule(row: Row, numbers: Numbers, limit: Limit) -> Bool[Array, " l"]:
+def schedule(row: Row, numbers: Any, limit: Limit) -> Bool[Array, " l"]:
     """Commits the `quota` most confident: a block of m masks has s steps of m // s or one more."""
     del numbers, limit
     return row.open & (row.rank < row.quota)
 
 
-def threshold(row: Row, numbers: Numbers, limit: Limit) -> Bool[Array, " l"]:
+def threshold(row: Row, numbers: Any, limit: Limit) -> Bool[Array, " l"]:
     """Commits all with confidence >= threshold, and at least the most confident.
 
     Source: Fast-dLLM, arXiv:2505.22618.
@@ -167,7 +159,7 @@ def threshold(row: Row, numbers: Numbers, limit: Limit) -> Bool[Array, " l"]:
     return row.open & (enough | (row.rank == 0))
 
 
-def factor(row: Row, numbers: Numbers, limit: Limit) -> Bool[Array, " l"]:
+def factor(row: Row, numbers: Any, limit: Limit) -> Bool[Array, " l"]:
     """Commits the j most confident, for the largest j with (j + 1)(1 - c_j) < factor.
 
     c_1 >= c_2 >= ... are the confidences of the open positions. At least one is committed.
@@ -180,7 +172,7 @@ def factor(row: Row, numbers: Numbers, limit: Limit) -> Bool[Array, " l"]:
     return row.open & (row.rank < jnp.maximum(jnp.max(jnp.where(passes, j, 0)), 1))
 
 
-def factor_published(row: Row, numbers: Numbers, limit: Limit) -> Bool[Array, " l"]:
+def factor_published(row: Row, numbers: Any, limit: Limit) -> Bool[Array, " l"]:
     """Commits up to the first j with c_j < 1 - factor / (j + 1), as the published code does.
 
     Two slips of that code are kept: it looks at the first failure only, and if that is the last
@@ -195,7 +187,7 @@ def factor_published(row: Row, numbers: Numbers, limit: Limit) -> Bool[Array, " 
     return row.open & (row.rank < jnp.where(before == count - 1, count, before))
 
 
-def entropy_bounded(row: Row, numbers: Numbers, limit: Limit) -> Bool[Array, " l"]:
+def entropy_bounded(row: Row, numbers: Any, limit: Limit) -> Bool[Array, " l"]:
     """Commits the k most confident, for the largest k with sum H - max H <= entropy_budget.
 
     H are the entropies of the k predictions in nats; sum H - max H bounds the mutual information
@@ -212,16 +204,51 @@ def entropy_bounded(row: Row, numbers: Numbers, limit: Limit) -> Bool[Array, " l
     return row.open & (row.rank < k)
 
 
+# KLASS: the last so many KL divergences must be small (the published scripts' value).
+STABLE_PASSES = 2
+
+
+def klass(row: Row, numbers: Any, limit: Limit) -> Bool[Array, " l"]:
+    """Commits all that are confident (>= threshold) and stable, and at least the most confident.
+
+    A position is stable after two passes of the block whose prediction p has KL(p || p of the pass
+    before) < kl_threshold, in nats. The published code looks beyond the block's first pass.
+    Source: KLASS (arXiv:2511.05664).
+    """
+    confident = row.score >= np.float32(limit(numbers.threshold))
+    return row.open & confident & (row.stable >= STABLE_PASSES)
+
+
+def divergence(logits: Float[Array, "l v"], before: Float[Array, "l v"]) -> Float[Array, " l"]:
+    """KL(softmax(logits) || softmax(before)), in nats."""
+    now, then = jax.nn.log_softmax(logits, -1), jax.nn.log_softmax(before, -1)
+    # Where p = 0 a token adds nothing, though the difference may be nan.
+    return jnp.sum(jnp.where(jnp.isneginf(now), 0.0, jnp.exp(now) * (now - then)), -1)
+
+
+def wino(row: Row, numbers: Any, limit: Limit) -> Bool[Array, " l"]:
+    """Commits all with confidence > threshold, the most confident first, up to a number.
+
+    The number is 0.7 of the open positions, at least 5 and at most 20. At least one is committed.
+    Source: WINO (arXiv:2507.18578), as published in `decoding_wino`.
+    """
+    most = jnp.clip((0.7 * jnp.sum(row.open)).astype(jnp.int32), 5, 20)
+    enough = row.score > np.float32(limit(numbers.threshold))
+    return row.open & ((enough & (row.rank < most)) | (row.rank == 0))
+
+
 @dataclasses.dataclass(frozen=True)
 class Commit:
     """An entry of COMMITS: the function, and what `generate` must know of it."""
 
-    # (row, numbers, limit) -> the positions to commit [l]; limit is that of the confidence
-    choose: Callable[[Row, Numbers, Limit], Array]
-    needs: tuple[str, ...] = ()  # the fields of Numbers that must be given
+    # (row, numbers, limit) -> the positions to commit [l]. `numbers` are the Settings, for those
+    # that the rule needs; `limit` is that of the confidence.
+    choose: Callable[[Row, Any, Limit], Array]
+    needs: tuple[str, ...] = ()  # the settings that must be given
     entropy: bool = False  # reads row.entropy
     probability: bool = False  # only for a confidence with values in [0, 1]
     scheduled: bool = False  # a block ends after its steps: `steps` must divide over the blocks
+    stable: bool = False  # reads row.stable; the logits of the pass before are kept
 
 
 COMMITS = {
@@ -230,6 +257,8 @@ COMMITS = {
     "factor": Commit(factor, needs=("factor",), probability=True),
     "factor_published": Commit(factor_published, needs=("factor",), probability=True),
     "entropy": Commit(entropy_bounded, needs=("entropy_budget",), entropy=True),
+    "klass": Commit(klass, needs=("threshold", "kl_threshold"), stable=True),
+    "wino": Commit(wino, needs=("threshold",)),
 }
 
 

@@ -11,9 +11,6 @@ import numpy as np
 import llada_jax
 from llada_jax import sampling
 
-FAMILIES = {"llada", "fast_dllm"}
-METHODS = {"plain", "prefix", "dual"}
-
 
 def open(path):
     """The model and its parameters, as the sampler takes them."""
@@ -23,8 +20,8 @@ def open(path):
 
 def why_not(run):
     """The reason for which a run is not imitated, or None."""
-    if run["family"] not in FAMILIES or run["method"] not in METHODS:
-        return f"{run['family']}, {run['method']}: not built"
+    if run.get("cfg_scale") and run.get("cfg_interval_steps", 1) > 1:
+        return "keeps the difference that guidance makes for some passes; we compute it in each"
     has_quotas = run.get("threshold") is None and run.get("factor") is None
     new_dual = run["method"] == "dual" and run.get("version") == "2026-05-30"
     if new_dual and run["masks_left"] and not has_quotas:
@@ -32,20 +29,32 @@ def why_not(run):
     return None
 
 
-def settings_of(run):
-    """The arguments of `generate` for a run: blocks and infilling are as published."""
+def settings_of(run, has_masks):
+    """The arguments of `generate` for a run whose prompt has masks or not."""
     settings = {
         "mask_id": run["mask_id"],
-        "steps": run["steps"],
+        "steps": run.get("steps"),
         "gen_length": run["gen_length"],
         "block_length": run["block_length"],
         "cfg_scale": run.get("cfg_scale", 0.0),
-        "infill": "published",
+        "infill": "published" if has_masks else "all",
         "lockstep": True,
     }
-    settings["cache"] = "none" if run["method"] == "plain" else run["method"]
-    if run["family"] != "llada":
+    if run["family"] not in ("llada", "dllm_cache"):
         settings["remasking"] = "probability"  # these take a float64 softmax, LLaDA a float32 one
+    if run["family"] == "wino":
+        rule = {"commit": "wino", "revoke": "wino", "threshold_back": run["threshold_back"]}
+        return settings | rule | {"threshold": run["threshold"]}
+    if run["family"] == "dkv_cache":
+        return settings | {"cache": "delayed", "refresh": run["cache_reloading_step"]}
+    if run["family"] == "dllm_cache":
+        return settings | {
+            "cache": "selective",
+            "refresh": run["gen_interval_steps"],
+            "refresh_prompt": run["prompt_interval_steps"],
+            "transfer_ratio": run["transfer_ratio"],
+        }
+    settings["cache"] = "none" if run["method"] == "plain" else run["method"]
     if run.get("factor") is not None:
         settings |= {"commit": "factor_published", "factor": run["factor"]}
     elif run.get("threshold") is not None:
@@ -67,7 +76,9 @@ def trace(logits_fn, prompt, run):
     mask = None
     if run["family"] == "llada":
         mask = np.ones_like(prompt)  # the published loop needs one for guidance
-    return sampling.generate(logits_fn, prompt, attention_mask=mask, trace=True, **settings_of(run))
+    has_masks = (prompt == run["mask_id"]).any() or run["masks_left"]
+    settings = settings_of(run, has_masks)
+    return sampling.generate(logits_fn, prompt, attention_mask=mask, trace=True, **settings)
 
 
 def generate(logits_fn, prompt, run):

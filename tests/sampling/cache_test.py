@@ -85,7 +85,8 @@ def test_logits_of_a_window_are_those_of_the_whole():
     expected = module.apply(variables, tokens, mask)
     np.testing.assert_allclose(full, expected, atol=1e-5)
     for start, first, stop in ((6, 6, 9), (4, 6, 9), (6, 6, 12), (0, 6, 12)):
-        at = cache.replace(start=jnp.int32(start), first=jnp.int32(first))
+        places = jnp.broadcast_to(jnp.arange(start, stop), (2, stop - start))
+        at = cache.at(places, places >= first)
         got, same = apply(tokens[:, start:stop], mask, positions[:, start:stop], at)
         np.testing.assert_allclose(got, expected[:, start:stop], atol=1e-5)
         # Other tokens replace what is theirs, and nothing else.
@@ -117,18 +118,18 @@ def test_golden_logits_of_cached_passes(shared, method):
         stop = length if method == "prefix" else start + run["block_length"]
         _, cache = apply(before(first_pass), None, positions, module.init_cache(batch, length))
         for n in passes:
-            at = cache.replace(start=jnp.int32(start), first=jnp.int32(start))
+            at = cache.at(jnp.broadcast_to(jnp.arange(start, stop), (batch, stop - start)))
             got, cache = apply(before(n)[:, start:stop], None, positions[:, start:stop], at)
             np.testing.assert_allclose(got, arrays[f"{name}/logits_pass{n}"], atol=2e-4)
 
 
 def test_windows():
     # By hand: 8 blocks of 4 after a prompt of 10, and 3 tokens after them.
-    got = sampling.CACHES["prefix"](10, 45, 4, 8)
+    got = sampling.CACHES["prefix"].windows(10, 45, 4, 8)
     assert got.sizes == (35, 19, 11, 7)
     np.testing.assert_array_equal(got.size_of, [0, 0, 0, 0, 1, 1, 2, 3])
     np.testing.assert_array_equal(got.starts, [10, 10, 10, 10, 26, 26, 34, 38])
-    got = sampling.CACHES["dual"](10, 45, 4, 3)
+    got = sampling.CACHES["dual"].windows(10, 45, 4, 3)
     assert got.sizes == (4,) and list(got.starts) == [10, 14, 18]
 
 
@@ -136,8 +137,8 @@ def test_windows():
     "change, message",
     [
         (dict(logits_fn=lambda t, m: 0), 'cache="dual" needs the model itself'),
-        (dict(cache="best"), "cache='best' is not one of none, prefix, dual"),
-        (dict(refresh=0), "refresh=0 must be at least 1"),
+        (dict(cache="best"), "cache='best' is not one of none, prefix, dual, delayed, selective"),
+        (dict(refresh=0), "refresh=0 must be a whole number, at least 1"),
         (dict(cache="none", refresh=4), 'refresh=4 has no effect with cache="none"'),
     ],
 )

@@ -72,11 +72,13 @@ def test_the_page_of_a_response_has_its_tokens(tmp_path, capsys):
 @pytest.mark.parametrize("kind, start", [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
 def test_a_picture_has_a_point_for_each_commit(kind, start):
     words, steps = ["a", "<b>", " "], np.array([2, 0, 1])
-    content = picture.renderer(f"x.{kind}")(words, steps, np.array([0.5, np.nan, 1.0]), title="t")
+    content = picture.renderer(f"x.{kind}")(
+        words, steps, np.array([0.5, np.nan, 1.0]), np.array([1, 0, 0]), title="t"
+    )
     assert content.startswith(start)
     if kind == "svg":
         (points,) = re.findall(rb'<g id="PathCollection_1">(.*?)</g>\s*</g>', content, re.DOTALL)
-        assert points.count(b"<use ") == 2
+        assert points.count(b"<use ") == 2 and content.count(b"PathCollection_2") == 1
 
 
 def test_the_page_escapes_its_text():

@@ -402,7 +402,10 @@ GOOD = dict(mask_id=MASK, steps=4, gen_length=8, block_length=4)
         (dict(stop_at_eos=True, logits_eos_inf=True, eos_id=EOS), "waits for EOS"),
         (dict(infill="none"), "infill='none' is not one of all, published"),
         (dict(suffix=np.ones((3, 1), int)), "suffix has 3 rows, the prompts 2"),
-        (dict(row_ids=np.ones(3, int)), r"row_ids have shape \[3\]"),
+        (
+            dict(row_ids=np.ones(3, int)),
+            r"row_ids has shape \[3\]; with these prompts it must",
+        ),
         (dict(allowed=np.ones(V)), r"allowed is float32\[23\]"),
         (dict(allowed=np.ones(3, bool)), "allowed has 3 entries, the vocabulary 23"),
         (dict(mask_id=V), f"mask_id={V} is not in the vocabulary of {V}"),
@@ -411,11 +414,11 @@ GOOD = dict(mask_id=MASK, steps=4, gen_length=8, block_length=4)
         (dict(prompts=np.ones((2, 5))), r"prompts are float32\[2, 5\]"),
         (
             dict(attention_mask=np.ones((2, 13), int)),
-            r"attention_mask has shape \[2, 13\], the prompts \[2, 5\]",
+            r"attention_mask has shape \[2, 13\]; with these prompts it must be \[2, 5\]",
         ),
         (
             dict(logits_fn=lambda tokens, mask: jnp.zeros((2, V))),
-            r"logits of shape \[2, 23\] for tokens of \[2, 13\]",
+            r"logits of shape \[2, 23\] for tokens of \[2, 4\]",
         ),
     ],
 )
@@ -433,12 +436,13 @@ def test_sample_responses_pads_and_batches():
     got = sampling.sample_responses(
         toy_logits, prompts, pad_id=EOS, batch_size=2, progress=lambda *a: calls.append(a), **GOOD
     )
-    assert got.shape == (5, 8) and calls == [(2, 5), (4, 5), (5, 5)]
+    assert got.shape == (5, 8) and calls == [(n, 5) for n in range(1, 6)]
     for prompt, response in zip(prompts, got, strict=True):
-        row = np.array([[EOS] * (32 - len(prompt)) + prompt])
-        mask = (np.arange(32) >= 32 - len(prompt)).astype(int)[None]
+        width = 16 if len(prompt) <= 16 else 32
+        row = np.array([[EOS] * (width - len(prompt)) + prompt])
+        mask = (np.arange(width) >= width - len(prompt)).astype(int)[None]
         expected = reference_generate(toy_logits, row, MASK, 4, 8, 4, mask=mask)
-        np.testing.assert_array_equal(response, expected[0, 32:])
+        np.testing.assert_array_equal(response, expected[0, width:])
 
 
 def test_sample_responses_of_one_length_are_not_padded():
@@ -455,7 +459,7 @@ def test_sample_responses_of_one_length_are_not_padded():
     assert set(seen) == {((4, 11), None)}
     assert len({tuple(r) for r in got.tolist()}) == 8  # within a batch and between batches
     assert sampling.sample_responses(fn, [], pad_id=EOS, batch_size=4, **GOOD).shape == (0, 8)
-    with pytest.raises(ValueError, match="trace=True is for response_batches"):
+    with pytest.raises(ValueError, match="trace=True is no setting of the sampler"):
         sampling.sample_responses(fn, prompts, pad_id=EOS, batch_size=4, trace=True, **GOOD)
     with pytest.raises(ValueError, match="row_ids: 2 for 8 prompts"):
         sampling.sample_responses(fn, prompts, pad_id=EOS, batch_size=4, row_ids=[0, 1], **GOOD)

@@ -1,6 +1,7 @@
 """Confidence and commit rules of one row, against float64 and plain loops."""
 
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -123,9 +124,10 @@ def test_rules_agree_with_plain_loops(name, numbers):
                 jnp.asarray(rank),
                 jnp.int32(number if name == "schedule" else 0),
                 unmasking.entropy(jnp.asarray(logits)),
+                jnp.zeros(40, int),
             )
             fields = dict.fromkeys(rule.needs, number)
-            got = rule.choose(row, sampling.Numbers(**fields), confidence.limit)
+            got = rule.choose(row, types.SimpleNamespace(**fields), confidence.limit)
             expected = plain_rule(name, p, chosen, is_open, number)
             assert set(np.flatnonzero(got)) == expected, (name, count, number)
             sizes.add(len(expected))
