@@ -75,13 +75,14 @@ def divergences(past):
     ]
 
 
-def klass(now: Pass, limit, kl_limit, history=2, guard=False, fallback=1):
+def klass(now: Pass, limit, kl_limit, history=2, guard=False, within=False, fallback=1):
     """KLASS: all with confidence > limit whose last `history` divergences are < kl_limit.
 
-    If there is none, the `fallback` most confident. The history runs on from block to block. With
-    guard none qualifies in the first history - 1 passes of a block, as in the authors' LLaDA code.
+    If there is none, the `fallback` most confident. As published, the history runs on from block to
+    block; `within` begins it anew with each. With guard none qualifies in the first history - 1
+    passes of a block, as in the authors' LLaDA code.
     """
-    recent = divergences(now.past)[-history:]
+    recent = divergences(now.past[-now.turn - 1 :] if within else now.past)[-history:]
     stable = np.all([kl < kl_limit for kl in recent], axis=0)
     ready = now.open & stable & (now.confidence > limit)
     if guard and now.turn < history - 1:
@@ -101,6 +102,10 @@ class Remdm:
     count: int
     loops: int
     share: float = 7 / 8
+
+    def begins(self, masks, left):
+        """Whether a block that began with so many masks is filled enough, when so many are left."""
+        return masks > 0 and masks - left >= max(int(self.share * masks), 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +218,7 @@ def decode(
         began, turn, loop = passes, 0, 0
         while True:
             left = int((state.tokens[: first + block_length] == mask_id).sum())
-            looping = revoke and loop < revoke.loops and masks - left >= revoke.share * masks > 0
+            looping = revoke and loop < revoke.loops and revoke.begins(masks, left)
             if not left and not looping:
                 break
             passes += 1

@@ -112,8 +112,11 @@ def test_klass_waits_for_its_history():
         assert np.bincount(got.steps)[1:].tolist() == [1] * history + [BLOCK - history, BLOCK]
         guarded = rule("klass", limit=0, kl_limit=1e-9, history=history, guard=True)
         got = fill(lambda tokens: still, guarded)
-        second = [1] * (history - 1) + [BLOCK - history + 1]
-        assert np.bincount(got.steps)[1:].tolist() == [1] * history + [BLOCK - history, *second]
+        first, second = [1] * history + [BLOCK - history], [1] * (history - 1)
+        assert np.bincount(got.steps)[1:].tolist() == [*first, *second, BLOCK - history + 1]
+        anew = rule("klass", limit=0, kl_limit=1e-9, history=history, within=True)
+        got = fill(lambda tokens: still, anew)
+        assert np.bincount(got.steps)[1:].tolist() == [*first, *first]
 
 
 def test_divergence_is_from_the_pass_before():
