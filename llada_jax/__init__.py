@@ -9,7 +9,7 @@ import importlib
 
 __version__ = "0.1.0"
 
-_MODULES = ("elbo", "losses", "noise", "sampling", "tokenizer", "variance")
+_MODULES = ("elbo", "likelihood", "losses", "noise", "sampling", "tokenizer", "variance")
 _NAMES = {"load": "checkpoints.loading", "LLaDA": "models.llada", "ModelConfig": "models.llada"}
 
 __all__ = [*_MODULES, *_NAMES]  # noqa: PLE0604 (names of two tables)

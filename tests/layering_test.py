@@ -24,6 +24,7 @@ FLOORS = (
     # What is done with a model.
     {
         "objectives": "batch config elbo losses noise",
+        "likelihood": "elbo noise",
         "sampling": "",
         "tasks": "files",
     },

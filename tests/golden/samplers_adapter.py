@@ -1,4 +1,4 @@
-"""Our sampler as ../shared/golden/samplers/check_samplers.py wants it.
+"""Our sampler and likelihood as ../shared/golden/samplers/check_samplers.py wants them.
 
     python ../shared/golden/samplers/check_samplers.py FOLDER CHECKPOINTS THIS_FILE
 
@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 import llada_jax
-from llada_jax import sampling
+from llada_jax import likelihood, sampling
 
 
 def open(path):
@@ -87,3 +87,20 @@ def generate(logits_fn, prompt, run):
         return None
     result = trace(logits_fn, prompt, run)
     return np.asarray(result.tokens), int(result.passes) if comparable_passes(run) else None
+
+
+def log_likelihood_terms(logits_fn, prompt, answer, masks, num_masked, cfg_scale, mask_id):
+    """The terms [N] of the published likelihood at given masks."""
+    return likelihood.terms(
+        logits_fn, prompt, answer, masks, num_masked, mask_id=mask_id, cfg_scale=cfg_scale
+    )
+
+
+def grid(length, batch):
+    """The mask counts [length, batch] of the published likelihood."""
+    return likelihood.grid(length, batch)
+
+
+def greedy(logits_fn, prefix, target, cfg_scale, mask_id):
+    """Whether greedy decoding writes the target."""
+    return likelihood.is_greedy(logits_fn, prefix, target, mask_id=mask_id, cfg_scale=cfg_scale)
