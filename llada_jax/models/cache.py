@@ -5,7 +5,9 @@ import dataclasses
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
+
+Array = jax.Array | jax.ShapeDtypeStruct  # the sampler also computes with shapes
 
 
 @flax.struct.dataclass

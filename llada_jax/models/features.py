@@ -12,7 +12,9 @@ from collections.abc import Callable
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
+
+Array = jax.Array | jax.ShapeDtypeStruct  # the sampler also computes with shapes
 
 
 @flax.struct.dataclass

@@ -1,32 +1,81 @@
 """The compiled loop over passes, for every rule and cache."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Int
 
 from llada_jax.sampling import state as state_lib
 from llada_jax.sampling.cache import CACHES
 from llada_jax.sampling.model import cached_model
-from llada_jax.sampling.one_pass import one_pass
+from llada_jax.sampling.one_pass import Given, one_pass
 from llada_jax.sampling.revoke import REVOKES
 from llada_jax.sampling.settings import Settings
-from llada_jax.sampling.state import State
+from llada_jax.sampling.state import Inputs, State
 from llada_jax.sampling.trace import Trace
 from llada_jax.sampling.unmasking import COMMITS, CONFIDENCES
 from llada_jax.sampling.view import View
 
 
+class Turn(NamedTuple):
+    """What `advance` is to do."""
+
+    inputs: Inputs
+    refilled: Bool[Array, " b"]  # rows that begin anew, from the inputs
+    empty: Bool[Array, " b"]  # rows without a prompt: they are finished
+    looks: Bool[Array, ""]  # whether to stop when a row has finished a block, too
+    limit: Int[Array, ""]  # passes of the batch after which to stop
+
+
 @functools.partial(jax.jit, static_argnames=("s", "block_only"))
-def fill(logits_fn, inputs, allowed, s: Settings, block_only: bool) -> Trace:
+def fill(given: Given, inputs: Inputs, s: Settings, block_only: bool) -> Trace:
     """The Trace of `generate`. Compiled for each `s` and shapes."""
-    state = begin(logits_fn, inputs, s, block_only)
-    return finish(run(logits_fn, allowed, state, s, block_only, unfinished), s)
+    return finish(run(given, begin(given, inputs, s, block_only), s, block_only, unfinished), s)
 
 
-@functools.partial(jax.jit, static_argnames=("s", "block_only"))
-def begin(logits_fn, inputs, s: Settings, block_only: bool) -> State:
+@functools.partial(jax.jit, static_argnames=("s", "block_only"), donate_argnames="state")
+def advance(given: Given, state: State, turn: Turn, s: Settings, block_only: bool):
+    """Refills rows, and makes passes until one is finished; returns (state, Trace)."""
+    new = state_lib.begin(turn.inputs, s)
+    new = new.replace(began=jnp.broadcast_to(state.passes, new.began.shape))
+    rows = state_lib.replace_rows(state.rows, new, turn.refilled)
+    rows = rows.replace(block=jnp.where(turn.empty, state_lib.blocks(rows, s), rows.block))
+    state = state.replace(rows=rows)
+    start, was = rows.block, state_lib.active(rows, s)
+
+    def goes_on(state, s):
+        now = state_lib.active(state.rows, s)
+        event = jnp.any(was & (~now | (turn.looks & (state.rows.block > start))))
+        if s.lockstep:  # rows are refilled only where all begin a block
+            event &= jnp.all(~now | (state.rows.turn == 0))
+        return jnp.any(now) & ~event & (state.passes < turn.limit)
+
+    state = run(given, state, s, block_only, goes_on)
+    return state, finish(state, s), state.rows.block
+
+
+def blank(given: Given, inputs: Inputs, s: Settings, block_only: bool, sharding=None) -> State:
+    """A state in which all rows are finished, for `advance`; sharding: that of the rows."""
+    shapes = jax.eval_shape(lambda *a: begin(*a, s, block_only), given, inputs)
+    leaves, tree = jax.tree.flatten(shapes)
+    split = None
+    if sharding is not None:
+        split = [jax.sharding.NamedSharding(sharding.mesh, _spec(x, sharding)) for x in leaves]
+    zeros = jax.jit(lambda: [jnp.zeros(x.shape, x.dtype) for x in leaves], out_shardings=split)
+    return jax.tree.unflatten(tree, zeros())
+
+
+def _spec(x, sharding) -> jax.sharding.PartitionSpec:
+    """How an array of the state is split: by rows, which stand after the layers in a cache."""
+    if x.ndim == 0:
+        return jax.sharding.PartitionSpec()
+    return jax.sharding.PartitionSpec(None, *sharding.spec) if x.ndim > 3 else sharding.spec
+
+
+def begin(given: Given, inputs: Inputs, s: Settings, block_only: bool) -> State:
     """The state before the first pass. With block_only no mask stands outside of the responses."""
     rows = state_lib.begin(inputs, s)
     batch, length = rows.tokens.shape
@@ -34,7 +83,7 @@ def begin(logits_fn, inputs, s: Settings, block_only: bool) -> State:
     twice = batch if s.cfg_scale == 0 else 2 * batch
     if s.cache != "none":
         entry = CACHES[s.cache]
-        module = cached_model(logits_fn, entry.kind)
+        module = cached_model(given.logits_fn, entry.kind)
         if entry.kind == "parts":
             cache = module.init_features(twice, length)
         else:
@@ -42,7 +91,7 @@ def begin(logits_fn, inputs, s: Settings, block_only: bool) -> State:
             cache = module.init_cache(twice, length + shadow)
     if COMMITS[s.commit].stable:
         size = s.block_length if block_only else length
-        vocabulary = jax.eval_shape(logits_fn, rows.tokens, None).shape[-1]
+        vocabulary = jax.eval_shape(given.logits_fn, rows.tokens, None).shape[-1]
         rows = rows.replace(
             history={
                 "logits": jnp.zeros((batch, size, vocabulary), jnp.float32),
@@ -52,17 +101,6 @@ def begin(logits_fn, inputs, s: Settings, block_only: bool) -> State:
     return State(rows, jnp.int32(0), cache)
 
 
-@functools.partial(jax.jit, static_argnames="s", donate_argnames="state")
-def refill(state: State, inputs, which, empty, s: Settings) -> State:
-    """The state in which the rows `which` [b] begin anew; those that are `empty` are finished."""
-    new = state_lib.begin(inputs, s)
-    new = new.replace(began=jnp.broadcast_to(state.passes, new.began.shape))
-    rows = state_lib.replace_rows(state.rows, new, which)
-    rows = rows.replace(block=jnp.where(empty, state_lib.blocks(rows, s), rows.block))
-    return state.replace(rows=rows)
-
-
-@functools.partial(jax.jit, static_argnames="s")
 def finish(state: State, s: Settings) -> Trace:
     """What the rows have written so far."""
     rows = state.rows
@@ -92,36 +130,7 @@ def unfinished(state: State, s: Settings):
     return jnp.any(state_lib.active(state.rows, s))
 
 
-@functools.partial(jax.jit, static_argnames=("s", "block_only"), donate_argnames="state")
-def some_passes(logits_fn, allowed, state: State, s: Settings, block_only: bool, stop) -> State:
-    """The state after passes up to the number `stop`, or when all rows are finished."""
-
-    def goes_on(state, s):
-        return unfinished(state, s) & (state.passes < stop)
-
-    return run(logits_fn, allowed, state, s, block_only, goes_on)
-
-
-@functools.partial(jax.jit, static_argnames=("s", "block_only"), donate_argnames="state")
-def until_free(logits_fn, allowed, state: State, s: Settings, block_only: bool, stops) -> State:
-    """The state when a row that was active is finished, or ends a block if `stops`.
-
-    In lockstep it is a state in which all rows begin a block.
-    """
-    start = state.rows.block
-    was = state_lib.active(state.rows, s)
-
-    def goes_on(state, s):
-        now = state_lib.active(state.rows, s)
-        event = jnp.any(was & (~now | (stops & (state.rows.block > start))))
-        if s.lockstep:
-            event &= jnp.all(~now | (state.rows.turn == 0))
-        return unfinished(state, s) & ~event
-
-    return run(logits_fn, allowed, state, s, block_only, goes_on)
-
-
-def run(logits_fn, allowed, state: State, s: Settings, block_only: bool, goes_on) -> State:
+def run(given: Given, state: State, s: Settings, block_only: bool, goes_on) -> State:
     """Makes passes while goes_on(state, s).
 
     Each kind of pass has a loop of its own within one outer loop. A `cond` in one loop would do the
@@ -130,7 +139,7 @@ def run(logits_fn, allowed, state: State, s: Settings, block_only: bool, goes_on
     kind, views = _kinds(state, s, block_only)
 
     def pass_of(view, state):
-        return one_pass(state, view(state), logits_fn, allowed, block_only or view is not views[0])
+        return one_pass(state, view(state), given, block_only or view is not views[0])
 
     def is_next(state, number):
         return goes_on(state, s) & (kind(state) == number)

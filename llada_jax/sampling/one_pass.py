@@ -19,14 +19,22 @@ from llada_jax.sampling.unmasking import COMMITS, CONFIDENCES
 from llada_jax.sampling.view import View
 
 
-def one_pass(state: State, view: View, logits_fn, allowed, block_only: bool) -> State:
+class Given(NamedTuple):
+    """What stays the same through all passes."""
+
+    logits_fn: Any
+    allowed: Bool[Array, " v"] | None  # tokens that may be generated
+    key: Any  # of the random draws
+
+
+def one_pass(state: State, view: View, given: Given, block_only: bool) -> State:
     """The state after a pass over a view of the text.
 
     With block_only, masks outside the block do not compete.
     """
     rows, s = state.rows, view.s
-    logits, shadow, cache = view.logits(logits_fn, state.cache)
-    found = _predict(rows, logits, view, allowed)
+    logits, shadow, cache = view.logits(given.logits_fn, state.cache)
+    found = _predict(rows, logits, view, given)
     chosen, history = _choose(rows, found, view, block_only)
     new = _commit(rows, found, chosen, view, state.passes + 1)
     if s.revoke != "none":
@@ -45,8 +53,8 @@ class Predictions(NamedTuple):
     logits: Float[Array, "b t v"]  # of which the score was taken
 
 
-def _predict(rows: Rows, logits, view: View, allowed) -> Predictions:
-    s, confidence = view.s, CONFIDENCES[view.s.remasking]
+def _predict(rows: Rows, logits, view: View, given: Given) -> Predictions:
+    s, confidence, allowed = view.s, CONFIDENCES[view.s.remasking], given.allowed
     if s.logits_eos_inf:
         logits = candidates_lib.forbid(logits, s.eos_id)
     if allowed is not None:
@@ -55,7 +63,7 @@ def _predict(rows: Rows, logits, view: View, allowed) -> Predictions:
                 f"allowed has {allowed.shape[0]} entries, the vocabulary {logits.shape[-1]}"
             )
         logits = candidates_lib.allow(logits, allowed)
-    gumbel, uniform = _noise(rows, logits.shape, view)
+    gumbel, uniform = _noise(rows, given.key, logits.shape, view)
     drawn = logits
     if s.infill == "all":
         # The confidence keeps the share of the mask token. Where the published loop leaves no
@@ -72,10 +80,10 @@ def _predict(rows: Rows, logits, view: View, allowed) -> Predictions:
     return Predictions(candidates, jax.vmap(confidence.score)(logits, candidates, uniform), logits)
 
 
-def _noise(rows: Rows, shape: tuple[int, ...], view: View) -> tuple[Any, Any]:
+def _noise(rows: Rows, key, shape: tuple[int, ...], view: View) -> tuple[Any, Any]:
     """Gumbel noise [b, t, v] and uniform noise [b, t], each None if it is not needed.
 
-    A draw depends on the row's key, its pass, and the position counted from its first real token.
+    A draw depends on the row's number, its pass, and the position from its first real token.
     """
     s = view.s
     gumbel, uniform = s.temperature > 0, CONFIDENCES[s.remasking].random
@@ -89,11 +97,12 @@ def _noise(rows: Rows, shape: tuple[int, ...], view: View) -> tuple[Any, Any]:
             jax.random.uniform(second) if uniform else None,
         )
 
-    def of_row(key, number, places):
-        return jax.vmap(at, (None, 0))(jax.random.fold_in(key, number), places)
+    def of_row(row_id, number, places):
+        of_pass = jax.random.fold_in(jax.random.fold_in(key, row_id), number)
+        return jax.vmap(at, (None, 0))(of_pass, places)
 
     places = view.places - rows.padding[:, None]
-    return jax.vmap(of_row)(rows.key, rows.passes, jnp.maximum(places, 0))
+    return jax.vmap(of_row)(rows.row_id, rows.passes, jnp.maximum(places, 0))
 
 
 def _choose(rows: Rows, found: Predictions, view: View, block_only: bool):

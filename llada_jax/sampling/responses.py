@@ -15,7 +15,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from llada_jax.sampling import loop
-from llada_jax.sampling.sampler import Job, prepare
+from llada_jax.sampling.sampler import prepare
+from llada_jax.sampling.settings import Settings
 
 # Prompts of different lengths are padded to a multiple of this, so that other prompts can use the
 # same compiled sampler.
@@ -70,7 +71,7 @@ def respond(
     key=None,
     row_ids: Sequence[int] | np.ndarray | None = None,
     stop: Callable[[list[int]], bool] | None = None,
-    row_sharding: jax.sharding.Sharding | None = None,
+    row_sharding: jax.sharding.NamedSharding | None = None,
     **settings,
 ) -> Iterator[Response]:
     """Yields the response to each prompt as soon as it is finished.
@@ -127,7 +128,7 @@ class _Queue:
     padded: bool
     pad_id: int
     size: int  # rows
-    sharding: jax.sharding.Sharding | None
+    sharding: jax.sharding.NamedSharding | None
 
     def rows(self, of_row: Sequence[int | None]) -> dict[str, Any]:
         """The arguments of `prepare` for the prompts of all rows; None has no prompt."""
@@ -167,27 +168,27 @@ def _serve(logits_fn, queue: _Queue, indices: list[int], stop, settings) -> Iter
         if all(index is None for index in of_row):
             return
         rows = queue.rows(of_row)
-        if job is None:  # all checks, and the first state
+        if job is None:  # all checks
             job = prepare(logits_fn, **rows, **settings)
             fixed = (job.settings, job.block_only)
-            state = loop.begin(job.logits_fn, job.inputs, *fixed)
-        if free:
-            inputs = job.inputs._replace(**rows)
-            which = np.isin(np.arange(queue.size), free)
-            empty = np.array([index is None for index in of_row])
-            state = loop.refill(state, inputs, queue.place(which), queue.place(empty), fixed[0])
-        stops = np.bool_(stop is not None)
-        state = loop.until_free(job.logits_fn, job.allowed, state, *fixed, stops)
+            state = loop.blank(job.given, job.inputs, *fixed, queue.sharding)
+        turn = loop.Turn(
+            inputs=job.inputs._replace(**rows),
+            refilled=queue.place(np.isin(np.arange(queue.size), free)),
+            empty=queue.place(np.array([index is None for index in of_row])),
+            looks=np.bool_(stop is not None),
+            limit=np.int32(2**31 - 1),
+        )
+        state, trace, blocks = loop.advance(job.given, state, turn, *fixed)
+        trace, blocks = jax.tree.map(_to_host, trace), _to_host(blocks)
         free = []
-        for row, response in _finished(state, job, queue, of_row, stop):
+        for row, response in _finished(trace, blocks, job.settings, queue, of_row, stop):
             yield response
             free.append(row)
 
 
-def _finished(state, job: Job, queue: _Queue, of_row, stop):
+def _finished(trace, blocks, s: Settings, queue: _Queue, of_row, stop):
     """Yields (row, response) of the rows that are finished, or that `stop` ends."""
-    trace = jax.tree.map(_to_host, loop.finish(state, job.settings))
-    blocks = _to_host(state.rows.block)
     for row, index in enumerate(of_row):
         if index is None:
             continue
@@ -195,7 +196,7 @@ def _finished(state, job: Job, queue: _Queue, of_row, stop):
         arrays = (trace.tokens, trace.steps, trace.confidence, trace.revocations)
         response = Response(index, *(x[row, part] for x in arrays), int(trace.row_passes[row]))
         if not trace.finished[row]:
-            known = response.tokens[: blocks[row] * job.settings.block_length]
+            known = response.tokens[: blocks[row] * s.block_length]
             if stop is None or not stop(known.tolist()):
                 continue
             response.tokens[len(known) :] = queue.pad_id

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
-from jaxtyping import Array
 
 from llada_jax.sampling import loop
 from llada_jax.sampling.cache import CACHES
 from llada_jax.sampling.model import METHODS, cached_model, takes_positions
+from llada_jax.sampling.one_pass import Given
 from llada_jax.sampling.revoke import REVOKES
 from llada_jax.sampling.settings import Settings, make
 from llada_jax.sampling.state import Inputs
@@ -60,7 +60,7 @@ def generate(logits_fn: Callable, prompts, *, trace: bool = False, **arguments) 
     Source: generate.py of LLaDA; each rule names its own.
     """
     job = prepare(logits_fn, prompts, **arguments)
-    result = loop.fill(job.logits_fn, job.inputs, job.allowed, job.settings, job.block_only)
+    result = loop.fill(job.given, job.inputs, job.settings, job.block_only)
     return result if trace else result.tokens
 
 
@@ -75,16 +75,18 @@ def stream(logits_fn: Callable, prompts, *, every: int = 1, **arguments) -> Iter
     job = prepare(logits_fn, prompts, **arguments)
 
     def passes():
-        state = loop.begin(job.logits_fn, job.inputs, job.settings, job.block_only)
-        stop, finished = 0, False
+        fixed = (job.settings, job.block_only)
+        state = loop.blank(job.given, job.inputs, *fixed)
+        none = np.zeros(len(job.inputs.prompts), bool)
+        refilled, limit, finished = ~none, every, False
         while not finished:
-            stop += every
-            state = loop.some_passes(
-                job.logits_fn, job.allowed, state, job.settings, job.block_only, stop
-            )
-            trace = jax.tree.map(np.asarray, loop.finish(state, job.settings))
+            turn = loop.Turn(job.inputs, refilled, none, np.bool_(False), np.int32(limit))
+            state, trace, _ = loop.advance(job.given, state, turn, *fixed)
+            trace, refilled = jax.tree.map(np.asarray, trace), none
             finished = bool(trace.finished.all())
-            yield trace
+            if trace.passes >= limit or finished:  # else it stopped because a row is finished
+                limit += every
+                yield trace
 
     return passes()
 
@@ -96,15 +98,14 @@ def lower(logits_fn: Partial, prompts, **arguments) -> jax.stages.Lowered:
     mask may stand in such prompts.
     """
     job = prepare(logits_fn, prompts, **arguments)
-    return loop.fill.lower(job.logits_fn, job.inputs, job.allowed, job.settings, job.block_only)
+    return loop.fill.lower(job.given, job.inputs, job.settings, job.block_only)
 
 
 class Job(NamedTuple):
     """Checked arguments, as the loop takes them."""
 
-    logits_fn: Partial
+    given: Given
     inputs: Inputs
-    allowed: Array | None
     settings: Settings
     block_only: bool  # no mask outside of the responses competes
 
@@ -153,8 +154,8 @@ def prepare(
         logits_fn = Partial(logits_fn)
     block_only = s.infill == "all" and s.growth is None
     block_only &= not any(_has_mask(x, s.mask_id) for x in (prompts, suffix))
-    inputs = Inputs(prompts, attention_mask, suffix, lengths, key, row_ids)
-    return Job(logits_fn, inputs, allowed, s, block_only)
+    inputs = Inputs(prompts, attention_mask, suffix, lengths, row_ids)
+    return Job(Given(logits_fn, allowed, key), inputs, s, block_only)
 
 
 def _check_model(logits_fn: Callable, s: Settings) -> None:

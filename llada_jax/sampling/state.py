@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from llada_jax.sampling.settings import Settings
 from llada_jax.sampling.unmasking import COMMITS
+
+Array = jax.Array | jax.ShapeDtypeStruct  # `lower` and `blank` compute with shapes
 
 
 @flax.struct.dataclass
@@ -29,7 +31,7 @@ class Rows:
     real: Bool[Array, "b l"]  # not padding
     padding: Int[Array, " b"]  # positions before the first real token
     end: Int[Array, " b"]  # where the text of the row ends
-    key: Any  # [b] of random draws; None if nothing is drawn
+    row_id: Int[Array, " b"]  # tells the random draws of rows apart
 
     block: Int[Array, " b"]
     turn: Int[Array, " b"]  # passes of the row in its block
@@ -66,18 +68,14 @@ class Inputs(NamedTuple):
     attention_mask: Int[Array, "b p"] | None
     suffix: Int[Array, "b q"] | None
     lengths: Int[Array, " b"] | None  # of the responses; None: gen_length
-    key: Any
     row_ids: Int[Array, " b"] | None
 
 
 def begin(inputs: Inputs, s: Settings) -> Rows:
     """The rows before their first pass."""
-    prompts, attention_mask, suffix, lengths, key, row_ids = inputs
+    prompts, attention_mask, suffix, lengths, row_ids = inputs
     batch, start = prompts.shape
-    keys = None
-    if key is not None:
-        row_ids = jnp.arange(batch) if row_ids is None else row_ids
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(row_ids)
+    row_ids = jnp.arange(batch) if row_ids is None else row_ids
     parts = [prompts, jnp.full((batch, s.gen_length), s.mask_id, jnp.int32)]
     tokens = jnp.concatenate(parts if suffix is None else [*parts, suffix], 1)
     real = jnp.ones(tokens.shape, bool)
@@ -99,7 +97,7 @@ def begin(inputs: Inputs, s: Settings) -> Rows:
         real=real,
         padding=jnp.argmax(real, 1).astype(jnp.int32),
         end=end,
-        key=keys,
+        row_id=row_ids.astype(jnp.int32),
         block=zero,
         turn=zero,
         step=zero,
@@ -216,9 +214,4 @@ def replace_rows(old: Rows, new: Rows, which: Bool[Array, " b"]) -> Rows:
     def choose(x, y):
         return jnp.where(which.reshape(-1, *[1] * (y.ndim - 1)), y, x)
 
-    keys = old.key
-    if keys is not None:
-        data = choose(jax.random.key_data(old.key), jax.random.key_data(new.key))
-        keys = jax.random.wrap_key_data(data, impl=jax.random.key_impl(old.key))
-    rows = jax.tree.map(choose, old.replace(key=None), new.replace(key=None, history=old.history))
-    return rows.replace(key=keys)
+    return jax.tree.map(choose, old, new.replace(history=old.history))

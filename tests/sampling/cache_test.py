@@ -15,6 +15,8 @@ from llada_jax import sampling
 from llada_jax.models.llada import LLaDA
 
 THRESHOLD = dict(commit="threshold", threshold=0.5)
+PARTS = dict(refresh=4, refresh_prompt=8, transfer_ratio=0.25)
+WINO = dict(commit="wino", threshold=0.05, revoke="wino", threshold_back=0.9)
 
 
 def padded_prompts():
@@ -32,6 +34,11 @@ def padded_prompts():
         ("prefix", dict(cfg_scale=0.5)),
         pytest.param("dual", dict(cfg_scale=0.5), marks=pytest.mark.slow),
         pytest.param("prefix", THRESHOLD, marks=pytest.mark.slow),
+        ("delayed", THRESHOLD),
+        pytest.param("dual", WINO, marks=pytest.mark.slow),
+        pytest.param("prefix", WINO, marks=pytest.mark.slow),
+        pytest.param("delayed", WINO, marks=pytest.mark.slow),
+        ("selective", dict(cfg_scale=0.5, refresh_prompt=1, transfer_ratio=0.5)),
     ],
 )
 def test_a_cache_renewed_in_each_pass_is_no_cache(cache, settings):
@@ -41,23 +48,38 @@ def test_a_cache_renewed_in_each_pass_is_no_cache(cache, settings):
         dict(mask_id=MASK, steps=8, gen_length=16, block_length=4, attention_mask=mask, trace=True)
         | settings
     )
-    plain = sampling.generate(model(), prompts, lockstep=True, **settings)
+    of_cache = ("refresh_prompt", "transfer_ratio")
+    without = {k: v for k, v in settings.items() if k not in of_cache}
+    plain = sampling.generate(model(), prompts, lockstep=cache != "selective", **without)
     got = sampling.generate(model(), prompts, cache=cache, refresh=1, **settings)
     np.testing.assert_array_equal(got.tokens, plain.tokens)
     np.testing.assert_array_equal(got.steps, plain.steps)
     np.testing.assert_allclose(got.confidence, plain.confidence, rtol=1e-5)
     assert (got.tokens[:, 7:] != MASK).all()
+    assert (np.asarray(got.revocations) > 0).any() == (settings.get("revoke") == "wino")
 
 
-@pytest.mark.parametrize("cache", [pytest.param("prefix", marks=pytest.mark.slow), "dual"])
-def test_a_row_with_a_cache_does_not_depend_on_its_batch(cache):
-    settings = {**SETTINGS, **THRESHOLD, "cache": cache}
+@pytest.mark.parametrize(
+    "cache, settings",
+    [
+        pytest.param("prefix", {}, marks=pytest.mark.slow),
+        ("dual", {}),
+        pytest.param("dual", WINO, marks=pytest.mark.slow),
+        pytest.param("delayed", {}, marks=pytest.mark.slow),
+        pytest.param("selective", PARTS, marks=pytest.mark.slow),
+    ],
+)
+def test_a_row_with_a_cache_does_not_depend_on_its_batch(cache, settings):
+    # Rows end at their EOS and are refilled, so they stand in different blocks.
+    settings = {**SETTINGS, **THRESHOLD, "stop_at_eos": True, "cache": cache} | settings
     prompts = PROMPTS[:24]
     alone = sampling.sample_responses(model(), prompts, batch_size=1, **settings)
     together = sampling.sample_responses(model(), prompts, batch_size=8, **settings)
     np.testing.assert_array_equal(alone, together)
+    of_cache = ("refresh", "refresh_prompt", "transfer_ratio")
+    without = {k: v for k, v in settings.items() if k not in of_cache}
     uncached = sampling.sample_responses(
-        model(), prompts, batch_size=8, **{**settings, "cache": "none"}
+        model(), prompts, batch_size=8, **{**without, "cache": "none"}
     )
     assert (alone != uncached).any()  # the cache does something
 
