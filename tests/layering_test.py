@@ -41,10 +41,11 @@ FLOORS = (
         "compile": "batch chips parallel train",
         "benchmark": "batch checkpoints chips models noise objectives parallel train",
     },
-    # Commands in one file.
+    # Commands.
     {
         "convert": "checkpoints cli files",
         "pairs": "checkpoints cli data files metrics sampling tasks",
+        "chat": "data sampling",
     },
 )
 ROOMS = {room: set(allowed.split()) for floor in FLOORS for room, allowed in floor.items()}
