@@ -39,7 +39,8 @@ FLOORS = (
     },
     {
         "compile": "batch chips parallel train",
-        "benchmark": "batch checkpoints chips models noise objectives parallel train",
+        "benchmark": "batch checkpoints chips metrics models noise objectives parallel sampling "
+        "train",
     },
     # Commands.
     {

@@ -1,1 +1,1 @@
-"""How fast a step, a load and a plain PyTorch loop are."""
+"""How fast a step, a load, a sampler and plain PyTorch loops are."""

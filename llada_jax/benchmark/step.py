@@ -110,6 +110,17 @@ def rates(plan: Experiment, seconds: float) -> dict:
     return result
 
 
+def planned_bytes(compiled) -> int:
+    """Returns the memory, in bytes per device, that the compiler planned for a program."""
+    m = compiled.memory_analysis()
+    return (
+        m.argument_size_in_bytes
+        + m.output_size_in_bytes
+        + m.temp_size_in_bytes
+        - m.alias_size_in_bytes
+    )
+
+
 def peak_bytes(devices: list, compiled) -> tuple[int, int | None]:
     """Returns the peak memory, in bytes per device, of (the step, this process).
 
@@ -117,15 +128,8 @@ def peak_bytes(devices: list, compiled) -> tuple[int, int | None]:
     device counted; it includes the making of parameters and reference, and is None on devices that
     do not count (CPU).
     """
-    m = compiled.memory_analysis()
-    planned = (
-        m.argument_size_in_bytes
-        + m.output_size_in_bytes
-        + m.temp_size_in_bytes
-        - m.alias_size_in_bytes
-    )
     counted = [(d.memory_stats() or {}).get("peak_bytes_in_use") for d in devices]
-    return planned, None if None in counted else max(counted)
+    return planned_bytes(compiled), None if None in counted else max(counted)
 
 
 def top_costs(folder: str, count: int = 5) -> list[tuple[str, float]]:

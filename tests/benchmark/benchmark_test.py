@@ -10,15 +10,19 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from helpers import ROOT
+from helpers import ROOT, refusal
 
 from configs import base, vrpo_8b, vrpo_sudoku
-from llada_jax.benchmark import load, step
+from llada_jax import cli, sampling
+from llada_jax.benchmark import __main__ as command
+from llada_jax.benchmark import load, sample, step
+from llada_jax.checkpoints import loading
 from llada_jax.chips import CHIPS, Chip
 from llada_jax.data import batches
 from llada_jax.data.synthetic import SyntheticRows
 from llada_jax.models import llada
 from llada_jax.models.llada import ModelConfig
+from llada_jax.tasks import sudoku
 from llada_jax.train import cost
 
 ARCH = dict(d_model=32, n_heads=2, n_layers=1, mlp_hidden_size=64, vocab_size=60, mask_token_id=59)
@@ -278,3 +282,102 @@ def test_the_pytorch_loop_says_what_it_does_not_do(tmp_path):
         ValueError, match="does not do vrpo.kind='ipo', vrpo.n_yt=2: set vrpo.kind='sigmoid', .*=1"
     ):
         torch_loop.check_supported(plan)
+
+
+def test_the_sampling_benchmark_is_consistent(capsys):
+    flags = "--model=tiny --prompt_length=8 --gen_length=8 --block_length=4 --batch=2 --repeats=2"
+    args = cli.parse(command.parser(), ["sample", *flags.split(), "--cache=none"])
+    found = sample.run(args, None)
+    (case,) = json.loads(json.dumps(found))["cases"]
+    assert (case["cache"], case["batch"], case["passes"]) == ("none", 2, 8)
+    assert case["passes_per_token"] == 1 and case["torch"] is None
+    assert case["speedup"] == {"median": 1, "low": 1, "high": 1} and case["flops_speedup"] == 1
+    # By hand: 8 passes of 16 positions for 8 tokens.
+    assert case["flops_per_token"] == 16 * llada.flops_per_token(sample.SIZES["tiny"], 16)
+    assert len(case["seconds_all"]) == len(case["first_block_seconds_all"]) == 2
+    assert case["tokens_per_second"] == pytest.approx(2 * 8 / case["seconds"])
+    assert case["planned_bytes"] > 4 * found["parameters"]
+    said = capsys.readouterr().out.splitlines()
+    assert "cases: 1, turns: 2" in said[0] and said[-1].split()[3:5] == ["schedule", "none"]
+    assert "PyTorch" not in said[-2]  # no column without a number
+
+
+def test_the_ratios_of_the_sampling_benchmark():
+    """By hand: three turns, in which the plain sampler took 8, 9 and 30 s."""
+    size = dict.fromkeys(("argument", "output", "temp", "alias"), 1)
+    sizes = SimpleNamespace(**{f"{name}_size_in_bytes": n for name, n in size.items()})
+    compiled = SimpleNamespace(memory_analysis=lambda: sizes)
+
+    def program(cache, positions, *seconds):
+        times, case = sample.Times(), sample.Case(4, 4, 3, "schedule", cache)
+        for turn in seconds:
+            times.add(turn, turn / 2, 4, np.arange(24).reshape(3, 8))
+        return sample.Program(case, {}, np.zeros((3, 4), int), None, compiled, positions, times)
+
+    plain, dual = program("none", 32, 8.0, 9.0, 30.0), program("dual", 20, 4.0, 3.0, 5.0)
+    dual.theirs.add(6.0, 1.0, 4, np.arange(24).reshape(3, 8) % 7)
+    dual.theirs.add(9.0, 1.0, 4, np.arange(24).reshape(3, 8) % 7)
+    dual.theirs.add(10.0, 1.0, 4, np.arange(24).reshape(3, 8) % 7)
+    found = sample.result_of(dual, plain, sample.SIZES["tiny"])
+    assert found["seconds"] == 4 and found["first_block_seconds"] == 2
+    assert found["tokens_per_second"] == 3 * 4 / 4 and found["planned_bytes"] == 2
+    assert found["speedup"] == {"median": 9 / 4, "low": 2, "high": 6}
+    assert found["flops_speedup"] == 32 / 20
+    assert found["torch"]["ratio"] == {"median": 9 / 4, "low": 1.5, "high": 3}
+    assert found["torch"]["same_tokens"] == 3 / 12  # 4, 5 and 6 are below 7
+    line = sample.table([found]).splitlines()[1].split()
+    assert line[:5] == ["4", "4", "3", "schedule", "dual"] and line[-1] == "25%"
+    assert line[line.index("2.25") + 2 :][:2] == ["1.60", "141%"]
+
+
+@pytest.mark.parametrize(
+    "cache, positions",
+    [("none", 7 * 20), ("prefix", 3 * 20 + 2 * 12 + 8 + 4), ("dual", 3 * 20 + 4 * 4)],
+)
+def test_positions_that_the_passes_compute(cache, positions):
+    """By hand: blocks of 4 tokens after 8, filled in 3, 2 and 2 passes of the slower row."""
+    steps = np.zeros((2, 20), int)
+    steps[:, 8:] = [[1, 1, 2, 3, 4, 4, 4, 5, 6, 6, 6, 7], [1, 1, 1, 1, 4, 5, 5, 5, 6, 7, 7, 7]]
+    case = sample.Case(8, 12, 2, "schedule", cache)
+    assert sample.positions_of(case, 4, steps, 7) == positions
+
+
+def test_the_sampling_benchmark_refuses_in_one_line(capsys):
+    for flags, text in (
+        ("--cache=disk", "--cache=disk is not one of none, "),
+        ("--batch=1,x", "argument --batch: '1,x' is no number and no list N,N,..."),
+        ("--batch=0", "--batch=0 must be at least 1"),
+        ("--repeats=0", "--repeats=0: at least one turn is timed"),
+        ("--threshold=0.9", "--threshold=0.9 has no effect with --commit=schedule"),
+        ("--commit=threshold", 'commit="threshold" needs threshold=...'),
+        ("--prompt_length=5000", "are 5256 tokens together, the model takes 4096"),
+        ("--steps=7", "steps=7 is not a positive multiple of the 8 blocks"),
+    ):
+        status = 2 if "argument" in text else 1
+        said = refusal(capsys, command, "sample", "--model=tiny", *flags.split(), status=status)
+        assert text in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+@pytest.mark.parametrize("threshold", [None, 0.9], ids=["schedule", "threshold"])
+def test_pytorch_writes_the_same_tokens_in_as_many_passes(cache, threshold):
+    load_torch_loop()
+    from llada_jax.benchmark import torch_sampling
+
+    logits_fn, config, words = loading.open_model(f"{ROOT}/llada_jax/assets/sudoku", "float32")
+    puzzles = sudoku.records(8, seed=3, split="heldout")
+    prompts = np.array([[words.bos_id, *words.encode(r["prompt"])] for r in puzzles], np.int32)
+    flags = ["--gen_length=16", "--block_length=4", "--steps=8", f"--cache={cache}"]
+    if threshold:
+        flags += ["--commit=threshold", f"--threshold={threshold}"]
+    args = cli.parse(command.parser(), ["sample", *flags])
+    case = sample.Case(17, 16, 8, args.commit[0], cache)
+    settings = sample.settings_of(case, args, config)
+    job = sample.prepare(logits_fn, prompts, **settings)
+    program = sample.Program(case, settings, prompts, job)
+    model = torch_sampling.TorchLLaDA(config, logits_fn.args[0]["params"])
+    sample.time_torch(program, torch_sampling, model)
+    ours = sampling.generate(logits_fn, prompts, trace=True, **settings, lockstep=True)
+    np.testing.assert_array_equal(program.theirs.tokens, ours.tokens)
+    assert program.theirs.passes == int(ours.passes)
