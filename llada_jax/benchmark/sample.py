@@ -23,9 +23,7 @@ from llada_jax import metrics, models, sampling
 from llada_jax.benchmark.step import planned_bytes
 from llada_jax.checkpoints import loading
 from llada_jax.models.llada import ModelConfig
-from llada_jax.sampling import loop
 from llada_jax.sampling.flags import FLAGS
-from llada_jax.sampling.sampler import prepare
 
 # Models with random weights, by their number of parameters. The head of "25M" costs about as large
 # a part of a pass (9 %) as that of LLaDA 8B (7 %).
@@ -83,24 +81,11 @@ class Program:
     case: Case
     settings: dict[str, Any]  # of `sampling.generate`
     prompts: np.ndarray  # [b, lp]
-    job: Any  # a Job: both, as the sampler takes them
-    compiled: Any = None  # the loop of `sampling.generate`
+    lowered: Any  # the loop of `sampling.generate`
+    compiled: Any = None
     positions: int | None = None  # see `positions_of`
     ours: Times = dataclasses.field(default_factory=Times)
     theirs: Times = dataclasses.field(default_factory=Times)  # of PyTorch; empty without it
-
-    def compile(self) -> None:
-        """Compiles the loop."""
-        job = self.job
-        lowered = loop.fill.lower(*self._arrays(), job.settings, job.block_only)
-        self.compiled = lowered.compile()
-
-    def call(self) -> sampling.Trace:
-        """Does what `sampling.generate` does, and returns its Trace."""
-        return self.compiled(*self._arrays())
-
-    def _arrays(self):
-        return self.job.logits_fn, self.job.inputs, self.job.allowed
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -147,8 +132,8 @@ def _ints(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is no number and no list N,N,...") from None
 
 
-def open_model(name: str, dtype: str, seed: int) -> tuple[Partial, Any, Any]:
-    """Returns (logits_fn, config, parameters) of a size or a folder."""
+def open_model(name: str, dtype: str, seed: int) -> tuple[Partial, Any]:
+    """Returns (logits_fn, parameters) of a size or a folder."""
     if name not in SIZES:
         model, params = loading.load(name, dtype)
     else:
@@ -157,7 +142,7 @@ def open_model(name: str, dtype: str, seed: int) -> tuple[Partial, Any, Any]:
         tokens = jnp.zeros((1, 2), jnp.int32)
         boxed = jax.jit(model.init)(jax.random.key(seed), tokens)["params"]
         params = nn.unbox(boxed)
-    return Partial(model.apply, {"params": params}), model.config, params
+    return Partial(model.apply, {"params": params}), params
 
 
 def settings_of(case: Case, args: argparse.Namespace, config) -> dict[str, Any]:
@@ -260,12 +245,15 @@ def compile_cases(cases: list[Case], args, logits_fn, config) -> list[Program]:
     programs = []
     for case in cases:
         settings, prompts = settings_of(case, args, config), prompts_of(case, config, args.seed)
-        programs.append(Program(case, settings, prompts, prepare(logits_fn, prompts, **settings)))
+        lowered = sampling.lower(logits_fn, prompts, **settings)
+        programs.append(Program(case, settings, prompts, lowered))
     with metrics.Progress(len(programs), unit="program", show=(), every=2) as progress:
         progress.update(0)
         for done, program in enumerate(programs, 1):
-            program.compile()
-            next(sampling.stream(logits_fn, program.prompts, **program.settings))
+            program.compiled = program.lowered.compile()  # `generate` finds it in JAX's cache
+            # The first pass begins from a state that no pass has made.
+            stream = sampling.stream(logits_fn, program.prompts, **program.settings)
+            list(itertools.islice(stream, 2))
             progress.update(done)
     return programs
 
@@ -273,7 +261,8 @@ def compile_cases(cases: list[Case], args, logits_fn, config) -> list[Program]:
 def time_ours(program: Program, logits_fn) -> None:
     """Times one call, and one stream until the first block is filled."""
     began = time.perf_counter()
-    trace = jax.block_until_ready(program.call())
+    trace = sampling.generate(logits_fn, program.prompts, trace=True, **program.settings)
+    jax.block_until_ready(trace)
     seconds = time.perf_counter() - began
     first = first_block_of(logits_fn, program.prompts, program.settings)
     passes = int(trace.passes)
@@ -417,8 +406,9 @@ def run(args: argparse.Namespace, torch_sampling) -> dict:
             f"--torch compares in float32 on a CPU, not in {args.dtype} on {device.device_kind}: "
             "set --dtype=float32 and JAX_PLATFORMS=cpu"
         )
-    logits_fn, config, params = open_model(args.model, args.dtype, args.seed)
+    config = SIZES.get(args.model) or loading.read_config(args.model)
     cases = cases_of(args, config)
+    logits_fn, params = open_model(args.model, args.dtype, args.seed)
     count = sum(models.family_of(config).num_params(config).values())
     print(
         f"{args.model}: {count / 1e6:.4g} M parameters, {args.dtype}, {device.device_kind};"
