@@ -30,7 +30,7 @@ FLOORS = (
     },
     {
         "variance": "batch elbo files losses metrics noise objectives",
-        "evaluate": "batch data metrics objectives sampling tasks",
+        "evaluate": "batch data files metrics objectives sampling tasks",
     },
     # The trainer, and what looks at it.
     {
