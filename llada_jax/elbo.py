@@ -137,13 +137,8 @@ def exact_elbo(
         )
     # Tokens outside the response read bit 31, which no subset sets.
     place = jnp.asarray(np.where(response, response.cumsum(-1) - 1, 31))
-    # The weight of a subset of size k is 1 / (k C(L, k)). It is L / k (equation 14), times the
-    # probability 1 / L of the size k, times the probability 1 / C(L, k) of the subset.
     weight_of_size = jnp.asarray(
-        [
-            [0.0] + [1 / (k * comb(n, k)) if k <= n else 0.0 for k in range(1, longest + 1)]
-            for n in lengths.tolist()
-        ]
+        [np.pad(subset_weights(n), (0, longest - n)) for n in lengths.tolist()], jnp.float32
     )
 
     def terms_of(subsets):
@@ -161,6 +156,15 @@ def exact_elbo(
     # Fill the last chunk with subset 0, which masks nothing and has weight 0.
     subsets[2**longest :] = 0
     return jax.lax.map(terms_of, jnp.asarray(subsets.reshape(-1, chunk))).sum(0)
+
+
+def subset_weights(length: int) -> np.ndarray:
+    """The weight in the ELBO of one subset of each size k = 0..length, 1 / (k C(length, k)).
+
+    It is length / k (equation 14), times the probability 1 / length of the size, times the
+    probability 1 / C(length, k) of the subset. A subset of size 0 has weight 0.
+    """
+    return np.array([0.0] + [1 / (k * comb(length, k)) for k in range(1, length + 1)])
 
 
 def packed_terms(

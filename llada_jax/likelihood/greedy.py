@@ -1,14 +1,14 @@
 """Whether a model, decoding greedily, would write an answer."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import Partial
+import numpy as np
 from jaxtyping import Array, Bool
 
-from llada_jax.likelihood.rows import Rows, one_row, predict
+from llada_jax.likelihood.rows import Rows, checked, pack, predict, traced
 
 
 def is_greedy(
@@ -23,8 +23,34 @@ def is_greedy(
     The loop stops at the first committed token that differs. Source: `suffix_greedy_prediction` of
     LLaDA's eval_llada.py. Raises ValueError if the ids are none.
     """
-    rows = one_row(prompt, answer, mask_id=mask_id)
-    return bool(_greedy(Partial(logits_fn), rows, mask_id=mask_id, cfg_scale=cfg_scale)[0, 0])
+    return bool(are_greedy(logits_fn, [prompt], [answer], mask_id=mask_id, cfg_scale=cfg_scale)[0])
+
+
+def are_greedy(
+    logits_fn: Callable,
+    prompts: Sequence,
+    answers: Sequence,
+    *,
+    mask_id: int,
+    batch_size: int = 16,
+    cfg_scale: float | int = 0.0,
+    row_length: int | None = None,
+) -> np.ndarray:
+    """`is_greedy` of N requests, bool [N], packed into rows as `log_likelihoods` does.
+
+    `batch_size` rows are computed at a time, until all of their requests are decided. Raises
+    ValueError if ids are none or a request does not fit into a row.
+    """
+    requests = checked(prompts, answers, mask_id, row_length)
+    packed = pack(requests, row_length=row_length, rows=batch_size)
+    running = [
+        _greedy(traced(logits_fn), rows, mask_id=mask_id, cfg_scale=cfg_scale) for rows in packed
+    ]
+    out = np.zeros(len(requests), bool)
+    for rows, found in zip(packed, running, strict=True):
+        there = rows.requests >= 0
+        out[rows.requests[there]] = np.asarray(found)[there]
+    return out
 
 
 @functools.partial(jax.jit, static_argnames=("mask_id", "cfg_scale"))

@@ -1,12 +1,15 @@
 """Requests in rows: several prompts with their answers side by side, and how a model sees them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float32, Int, Int32
+
+Request = tuple[np.ndarray, np.ndarray]  # the ids of a prompt and of its answer
 
 
 @flax.struct.dataclass
@@ -19,7 +22,7 @@ class Rows:
     places: Int32[Array, "r l"] | Any  # 0, 1, ... in an answer, -1 elsewhere
     requests: Int32[Array, "r s"] | Any  # the index of each request; -1: there is none
     lengths: Int32[Array, "r s"] | Any  # tokens of each answer
-    # False: each row is one request and no padding, so the model needs no segments.
+    # False: each row is one whole request, so the model needs no segments.
     packed: bool = flax.struct.field(pytree_node=False, kw_only=True)
 
     @property
@@ -28,77 +31,95 @@ class Rows:
         return (self.segment_ids > 0) & (self.places < 0)
 
 
-def ids_of(name: str, ids, mask_id: int) -> np.ndarray:
-    """Returns token ids [n] as int32; raises ValueError if they are none."""
-    ids = np.asarray(ids)
-    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
-        raise ValueError(
-            f"{name} is {ids.dtype}{list(ids.shape)}: give token ids of shape [length]"
-        )
-    if ids.size and ids.min() < 0:
-        raise ValueError(f"{name} has the id {ids.min()}: token ids are at least 0")
+def checked(
+    prompts: Sequence, answers: Sequence, mask_id: int, row_length: int | None = None
+) -> list[Request]:
+    """Returns the ids of prompts and answers as int32.
+
+    Raises ValueError if they are none, or if a request does not fit into a row.
+    """
+    if len(prompts) != len(answers):
+        raise ValueError(f"{len(prompts)} prompts, {len(answers)} answers: give one answer to each")
     if mask_id < 0:
         raise ValueError(f"mask_id={mask_id} is no token id: take it from the model's config")
+    requests = [
+        (_ids(f"prompt {i}", prompt), _ids(f"answer {i}", answer))
+        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+    ]
+    for i, (prompt, answer) in enumerate(requests):
+        size = len(prompt) + len(answer)
+        if row_length is not None and size > row_length:
+            raise ValueError(
+                f"request {i} has {size} tokens, more than row_length={row_length}: raise it"
+            )
+    return requests
+
+
+def _ids(name: str, ids) -> np.ndarray:
+    ids = np.asarray(ids)
+    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+        raise ValueError(f"{name} is {ids.dtype}{list(ids.shape)}: give token ids [length]")
+    if ids.size and ids.min() < 0:
+        raise ValueError(f"{name} has the id {ids.min()}: token ids are at least 0")
     return ids.astype(np.int32)
 
 
 def one_row(prompt, answer, *, mask_id: int) -> Rows:
     """The row of one request, without padding; raises ValueError if the ids are none."""
-    request = (ids_of("prompt", prompt, mask_id), ids_of("answer", answer, mask_id))
-    return _fill([[(0, *request)]], 1, sum(map(len, request)), 1)
+    return pack(checked([prompt], [answer], mask_id), row_length=None, rows=1)[0]
 
 
-def pack(
-    prompts: Sequence, answers: Sequence, *, mask_id: int, row_length: int | None, rows: int
-) -> Iterator[Rows]:
-    """Packs requests into rows of `row_length` (None: of the longest), `rows` rows at a time.
+def pack(requests: Sequence[Request], *, row_length: int | None, rows: int) -> list[Rows]:
+    """Packs requests into rows of `row_length` (None: of the longest), at most `rows` at a time.
 
-    The longest requests come first, each in the first row that has room for it. All groups of rows
-    have the same shapes. Raises ValueError if a request does not fit.
+    The longest requests come first, each in the first row that has room for it. All results have
+    the same shapes; missing rows are padding.
     """
-    requests = [
-        (i, ids_of(f"prompt {i}", prompt, mask_id), ids_of(f"answer {i}", answer, mask_id))
-        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
-    ]
-    sizes = {i: len(prompt) + len(answer) for i, prompt, answer in requests}
-    length = max(sizes.values(), default=1) if row_length is None else row_length
-    packed: list[list] = []
+    sizes = [len(prompt) + len(answer) for prompt, answer in requests]
+    length = max([1, *sizes]) if row_length is None else row_length
+    packed: list[list[int]] = []
     room: list[int] = []
-    for request in sorted(requests, key=lambda r: (-sizes[r[0]], r[0])):
-        size = sizes[request[0]]
-        if size > length:
-            raise ValueError(
-                f"request {request[0]} has {size} tokens, more than row_length={length}: raise it"
-            )
-        # A linear search: there are thousands of requests, not millions.
-        row = next((row for row, left in enumerate(room) if left >= size), len(packed))
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        row = next((row for row, left in enumerate(room) if left >= sizes[i]), len(packed))
         if row == len(packed):
             packed.append([])
             room.append(length)
-        packed[row].append(request)
-        room[row] -= size
-    most = max(map(len, packed), default=1)
-    for first in range(0, len(packed), rows):
-        yield _fill(packed[first : first + rows], rows, length, most)
+        packed[row].append(i)
+        room[row] -= sizes[i]
+    rows, most = min(rows, len(packed)), max(map(len, packed), default=1)
+    several = most > 1 or any(room)
+    return [
+        _fill(requests, packed[first : first + rows], (rows, length, most), several)
+        for first in range(0, len(packed), max(rows, 1))
+    ]
 
 
-def _fill(packed: list[list], rows: int, length: int, most: int) -> Rows:
-    """The arrays of rows of requests (index, prompt, answer); rows that are missing are padding."""
+def _fill(
+    requests: Sequence[Request], packed: list[list[int]], shape: tuple[int, int, int], several: bool
+) -> Rows:
+    """The arrays of rows that hold the requests of these indices; rows that lack are padding."""
+    rows, length, most = shape
     tokens, segments, positions = (np.zeros((rows, length), np.int32) for _ in range(3))
     places = np.full((rows, length), -1, np.int32)
-    requests, lengths = np.full((rows, most), -1, np.int32), np.zeros((rows, most), np.int32)
+    indices, lengths = np.full((rows, most), -1, np.int32), np.zeros((rows, most), np.int32)
     for r, row in enumerate(packed):
         start = 0
-        for s, (index, prompt, answer) in enumerate(row):
+        for s, index in enumerate(row):
+            prompt, answer = requests[index]
             middle, stop = start + len(prompt), start + len(prompt) + len(answer)
             tokens[r, start:stop] = np.concatenate([prompt, answer])
             segments[r, start:stop] = s + 1
             positions[r, start:stop] = np.arange(stop - start)
             places[r, middle:stop] = np.arange(stop - middle)
-            requests[r, s], lengths[r, s] = index, len(answer)
+            indices[r, s], lengths[r, s] = index, len(answer)
             start = stop
-    packed_ = bool((segments != 1).any())
-    return Rows(tokens, segments, positions, places, requests, lengths, packed=packed_)
+    return Rows(tokens, segments, positions, places, indices, lengths, packed=several)
+
+
+def traced(logits_fn: Callable) -> Partial:
+    """Returns logits_fn as an argument of compiled functions; a Partial keeps its parameters."""
+    # Partial(Partial(...)) would hide the parameters, and compile them in.
+    return logits_fn if isinstance(logits_fn, Partial) else Partial(logits_fn)
 
 
 def predict(
@@ -107,9 +128,11 @@ def predict(
     """The logits of partly masked rows, with classifier-free guidance.
 
     Guidance of s > 0 gives u + (s + 1) (c - u), where u are the logits with every prompt masked.
-    Both are computed in one batch of 2r rows. Raises ValueError if mask_id is not in the
-    vocabulary.
+    Both are computed in one batch of 2r rows. Raises ValueError if s is negative, or if mask_id is
+    not in the vocabulary.
     """
+    if not cfg_scale >= 0:
+        raise ValueError(f"cfg_scale={cfg_scale} must be at least 0")
     count = tokens.shape[0]
     if cfg_scale:
         tokens = jnp.concatenate([tokens, jnp.where(rows.is_prompt, mask_id, tokens)])
