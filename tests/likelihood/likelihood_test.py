@@ -3,16 +3,20 @@
 The published conventions have their truth in tests/golden/likelihood_test.py.
 """
 
+import gzip
 import itertools
+import json
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import ROOT
 from jax.tree_util import Partial
 
-from llada_jax import elbo, likelihood, sampling
+import llada_jax
+from llada_jax import elbo, likelihood, sampling, tokenizer
 from llada_jax.models.llada import LLaDA, ModelConfig
 
 MASK = 7
@@ -208,6 +212,18 @@ def test_greedy_answers_are_those_that_the_sampler_writes(model):
     assert likelihood.is_greedy(model, prompts[0], answers[0], mask_id=MASK)
 
 
+@pytest.mark.parametrize("best, expected", [(2, [True, False, True]), (MASK, [False] * 3)])
+def test_a_mask_that_is_filled_elsewhere_or_stays_is_not_greedy(best, expected):
+    # As published: a mask of the prompt takes a pass, and a committed mask is no token. A longer
+    # answer in the same row gives a request no more passes.
+    def always(tokens, attention_mask, segment_ids, positions):
+        return jnp.broadcast_to(jax.nn.one_hot(best, 8), (*tokens.shape, 8))
+
+    prompts, answers = [[1], [1, MASK], [1]], [[2, 2], [2, 2], [2] * 5]
+    found = likelihood.are_greedy(always, prompts, answers, mask_id=MASK, row_length=13)
+    assert found.tolist() == expected
+
+
 def test_rolling_windows_of_one_token_are_exact():
     # A window of one token needs one draw: log p of the token, given `context` tokens before it.
     text, prefix = [3, 1, 4, 1, 5], [0]
@@ -271,3 +287,33 @@ def test_refusals_of_the_other_functions():
         likelihood.terms(toy, PROMPT, ANSWER, np.ones((2, 6)), [1, 2, 3], mask_id=MASK)
     with pytest.raises(ValueError, match="window=0, context=1"):
         likelihood.rolling_log_likelihood(KEY, toy, [1], window=0, context=1, mask_id=MASK)
+
+
+@pytest.mark.slow
+def test_few_draws_have_the_variance_of_the_published_estimate():
+    # Truth: the published estimator, measured. Its 128 draws are 8 independent batches of 16.
+    path = ROOT / "llada_jax/assets/sudoku"
+    module, params = llada_jax.load(path, "float32")
+    words = tokenizer.load(path)
+    with gzip.open(path / "pairs.jsonl.gz", "rt") as file:
+        records = [json.loads(line) for line in itertools.islice(file, 12)]
+    prompts = [[words.bos_id, *words.encode(r["prompt"])] for r in records for _ in range(2)]
+    answers = [words.encode(r[side]) for r in records for side in ("chosen", "rejected")]
+    repeats = 24
+
+    def variance(**settings):
+        found = likelihood.log_likelihoods(
+            jax.random.key(1),
+            Partial(module.apply, {"params": params}),
+            prompts * repeats,
+            answers * repeats,
+            mask_id=module.config.mask_token_id,
+            **settings,
+        )
+        return found.reshape(repeats, -1).var(0, ddof=1).mean()
+
+    published = variance(mc_num=16, batch_size=16, times="official") / 8
+    assert variance(batch_size=256, **likelihood.FEW_DRAWS) < published
+    # Half as many do not reach it.
+    half = {**likelihood.FEW_DRAWS, "mc_num": likelihood.FEW_DRAWS["mc_num"] // 2}
+    assert variance(batch_size=256, **half) > published
