@@ -24,7 +24,11 @@ PACKAGE = ROOT / "llada_jax"
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINKED = [*DOCUMENTS, ROOT / "CHANGELOG.md"]
 LABELS = {"", "python", "sh", "sh long", "sh by hand", "sh elsewhere"}
-SLOW = {"estimators.md", "sampling.md"}  # their Python compiles for more than a few seconds
+SLOW = {
+    "estimators.md",
+    "likelihood.md",
+    "sampling.md",
+}  # their Python compiles for more than a few seconds
 # What a command may begin with, beside `python -m MODULE`, `python FILE` and `bash FILE`.
 PROGRAMS = {".", "pip", "printf", "python3", "ruff"}
 WITH_ERROR = re.compile(r"(-?\d[\d.]*)(?:\s*%)?\s*\+-\s*(\d[\d.]*)")

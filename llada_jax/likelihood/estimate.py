@@ -12,7 +12,8 @@ from jaxtyping import Array, Float32, Int, Key
 from llada_jax import elbo, noise
 from llada_jax.likelihood.rows import Request, Rows, checked, one_row, pack, predict, traced
 
-# The fewest draws with the variance of the published estimator at mc_num=128 (docs/likelihood.md).
+# The fewest draws (a power of two) that had the variance of the published estimator at mc_num=128
+# on every model measured: on Sudoku; text needs fewer. See docs/likelihood.md.
 FEW_DRAWS = {
     "mc_num": 64,
     "times": "importance",
@@ -70,7 +71,8 @@ def log_likelihoods(
 
     mc_num: draws for each answer, the model calls that it costs. If an answer has no more subsets
         (2^L - 1 for L tokens), each is computed once instead, and the value is the exact ELBO.
-    batch_size: rows in one model call. The result does not depend on it, but for times="official".
+    batch_size: rows in one model call, whose logits take 4 bytes x batch_size x row_length x
+        vocabulary, twice that with guidance. Only times="official" depends on it in its result.
     cfg_scale: s > 0 applies classifier-free guidance: u + (s + 1) (c - u), where u are the logits
         with the whole prompt masked.
     times, masks, weights, pseudo_count: names and a number of a `noise.Scheme`. The default is the
