@@ -24,11 +24,8 @@ PACKAGE = ROOT / "llada_jax"
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINKED = [*DOCUMENTS, ROOT / "CHANGELOG.md"]
 LABELS = {"", "python", "sh", "sh long", "sh by hand", "sh elsewhere"}
-SLOW = {
-    "estimators.md",
-    "likelihood.md",
-    "sampling.md",
-}  # their Python compiles for more than a few seconds
+# Their Python compiles for more than a few seconds.
+SLOW = {"estimators.md", "likelihood.md", "results.md", "sampling.md"}
 # What a command may begin with, beside `python -m MODULE`, `python FILE` and `bash FILE`.
 PROGRAMS = {".", "pip", "printf", "python3", "ruff"}
 WITH_ERROR = re.compile(r"(-?\d[\d.]*)(?:\s*%)?\s*\+-\s*(\d[\d.]*)")

@@ -18,7 +18,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from llada_jax.checkpoints import loading, published
-from llada_jax.models import boxed_shapes
+from llada_jax.models import boxed_shapes, quantized
 from llada_jax.models.llada import ModelConfig
 from llada_jax.parallel import mesh as mesh_lib
 
@@ -73,7 +73,9 @@ def _status(name: str) -> int:
     )
 
 
-def measure(folder: str, dtype: str, fsdp: int, tensor: int) -> dict[str, float]:
+def measure(
+    folder: str, dtype: str, fsdp: int, tensor: int, quantize: str | None = None
+) -> dict[str, float]:
     """Loads a folder over all devices of this process.
 
     Returns `seconds`, `destination` (bytes of the loaded arrays) and `beyond` (bytes of host memory
@@ -86,7 +88,7 @@ def measure(folder: str, dtype: str, fsdp: int, tensor: int) -> dict[str, float]
     jax.block_until_ready(jnp.zeros(8))  # the backend's own memory belongs to the baseline
     before = _status("VmRSS")
     start = time.perf_counter()
-    _, params = loading.load(folder, dtype, nn.unbox(shardings))
+    _, params = loading.load(folder, dtype, nn.unbox(shardings), quantize)
     jax.block_until_ready(params)
     seconds = time.perf_counter() - start
     held = sum(
@@ -110,6 +112,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the parameters"
     )
+    parser.add_argument("--quantize", choices=quantized.KINDS, help="as `load` does")
     parser.add_argument("--folder", help="where to make it (default: the temporary folder)")
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
 
@@ -117,7 +120,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict:
     """Prints a line, returns what goes into the JSON; the load itself runs in a child process."""
     if args.child:
-        found = measure(args.child, args.dtype, args.fsdp, args.tensor)
+        found = measure(args.child, args.dtype, args.fsdp, args.tensor, args.quantize)
         print(json.dumps(found))
         return found
     config = ModelConfig(
@@ -150,6 +153,7 @@ def run(args: argparse.Namespace) -> dict:
             f"--tensor={args.tensor}",
             f"--dtype={args.dtype}",
             f"--child={home / 'hf'}",
+            *([f"--quantize={args.quantize}"] if args.quantize else []),
         ]
         count = f"--xla_force_host_platform_device_count={args.devices}"
         flags = f"{os.environ.get('XLA_FLAGS', '')} {count}"
@@ -168,6 +172,7 @@ def run(args: argparse.Namespace) -> dict:
         "tensor": args.tensor,
         "layers": args.layers,
         "dtype": args.dtype,
+        "quantize": args.quantize,
         "gb": written["bytes"] / _GB,
         "largest_tensor_gb": written["largest"] / _GB,
         "seconds": found["seconds"],
@@ -178,7 +183,8 @@ def run(args: argparse.Namespace) -> dict:
     }
     print(
         f"{result['gb']:.2f} GB of bfloat16 in {result['seconds']:.1f} s"
-        f" ({result['gb_per_second']:.2f} GB/s) as {args.dtype} on {args.devices} devices;"
+        f" ({result['gb_per_second']:.2f} GB/s) as {args.quantize or args.dtype} on"
+        f" {args.devices} devices;"
         f" host memory beyond the {result['destination_gb']:.2f} GB of arrays: "
         f"{result['host_gb_beyond_destination']:.2f} GB,"
         f" {result['largest_tensors_beyond_destination']:.2f} of the largest tensor"

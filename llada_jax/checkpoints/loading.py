@@ -1,10 +1,10 @@
 """Opens a model from a Hugging Face style folder or from one of our training checkpoints."""
 
+import functools
 import json
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 from jax.tree_util import Partial
 
@@ -13,19 +13,24 @@ from llada_jax import tokenizer as tokenizer_lib
 from llada_jax.checkpoints import orbax
 from llada_jax.checkpoints.published import floating, param_shapes, read_folder
 from llada_jax.files import is_remote
+from llada_jax.models import quantized
 
 
-def load(path: epath.PathLike, dtype=None, shardings=None):
+def load(path: epath.PathLike, dtype=None, shardings=None, quantize: str | None = None):
     """Opens a model and returns (model, params). The model computes in the type of its parameters.
 
     path: a Hugging Face style folder (config.json, and model.safetensors or shards with an index),
         or a checkpoint of ours: a workdir (its newest good step) or workdir/checkpoints/<step>.
     dtype: casts the parameters. None keeps their type (the widest, if a file has several).
-    shardings: a tree like params. None puts all parameters on the first device.
+    shardings: a tree like params, without `quantize`. None puts all parameters on the first device.
+    quantize: "int8" makes the matrices of the layers and the head an Int8Kernel while they are
+        read, each with one scale for each output (`models.quantized`). Such parameters can be
+        sampled from, not trained. `dtype` is then that of all others.
 
     Raises FileNotFoundError if the path has no model, and one ValueError that lists all weights
     that are missing, unexpected or of the wrong shape.
     """
+    quantized.check_kind(quantize)
     path, dtype = epath.Path(path).expanduser(), floating(dtype)
     config = read_config(path)
     if home_of(path) is not None:
@@ -34,11 +39,19 @@ def load(path: epath.PathLike, dtype=None, shardings=None):
             shapes = jax.tree.map(
                 lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
             )
-        params = orbax.restore_params(path, dtype, shapes)
+        params = orbax.restore_params(path, functools.partial(_kept, dtype, quantize), shapes)
     else:
-        params = read_folder(path, config, dtype, shardings)
-    dtype = jnp.result_type(*jax.tree.leaves(params))
+        params = read_folder(path, config, dtype, shardings, quantize)
+    dtype = quantized.dtype_of(params)
     return models.family_of(config).Module(config, dtype=dtype, param_dtype=dtype), params
+
+
+def _kept(dtype, quantize: str | None, name: str, leaf: jax.Array):
+    """What is kept of a parameter of a checkpoint."""
+    if quantize and quantized.is_kernel(name):
+        shardings = quantized.shardings(leaf.sharding, leaf.ndim)
+        return jax.jit(quantized.quantize, out_shardings=shardings)(leaf)
+    return leaf if dtype is None else leaf.astype(dtype)
 
 
 def read_config(path: epath.PathLike) -> Any:
@@ -88,9 +101,9 @@ def home_of(path: epath.Path) -> epath.Path | None:
     return absolute.parent.parent / "model" if is_step else None
 
 
-def open_model(path: str, dtype=None):
-    """Opens a model for the sampler; returns (logits_fn, config, tokenizer)."""
-    model, params = load(path, dtype)
+def open_model(path: str, dtype=None, quantize: str | None = None):
+    """Opens a model for the sampler by `load`; returns (logits_fn, config, tokenizer)."""
+    model, params = load(path, dtype, quantize=quantize)
     logits_fn = Partial(model.apply, {"params": params})
     return logits_fn, model.config, tokenizer_lib.load(model_folder(path))
 

@@ -5,7 +5,8 @@ compare it after loading. If a step is damaged, we restore the step before it. I
 another model, we raise an error instead.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -89,7 +90,7 @@ class Checkpoints:
         is never a reason to fall back), or if every step is damaged.
         """
         self.wait()
-        found = _newest_good(_paths(self._steps), abstract_state, ())
+        found = _newest_good(_paths(self._steps), abstract_state)
         if found is None:
             return None
         path, state, extra, damaged = found
@@ -123,11 +124,16 @@ class Checkpoints:
         self.close()
 
 
-def restore_params(path: epath.PathLike, dtype=None, abstract=None):
+def restore_params(
+    path: epath.PathLike,
+    convert: Callable[[str, jax.Array], Any] = lambda name, leaf: leaf,
+    abstract=None,
+):
     """Restores and verifies the parameters of a checkpoint, without reading the optimiser state.
 
     path: a workdir (its newest undamaged step) or one step, workdir/checkpoints/<step>.
-    dtype: casts the parameters. None keeps the types that were saved.
+    convert: maps name and array of each parameter to what is kept of it. Parameters are read one at
+        a time, so memory holds only one as it was saved. A name is such as "wte/embedding".
     abstract: a pytree of ShapeDtypeStruct, which gives the shardings; names and shapes must agree
         with it. None accepts any names and shapes and puts everything on the first device.
 
@@ -145,13 +151,9 @@ def restore_params(path: epath.PathLike, dtype=None, abstract=None):
             f"{path} holds no checkpoint; give a workdir or one of its workdir/checkpoints/<step>"
         )
     _, state, _, _ = _newest_good(
-        paths, None if abstract is None else {"params": abstract}, ("params",)
+        paths, None if abstract is None else {"params": abstract}, convert
     )
-    leaves, structure = jax.tree.flatten(state["params"])
-    del state
-    for i, leaf in enumerate(leaves):  # one at a time, so that there is no second copy of all
-        leaves[i] = leaf if dtype is None else leaf.astype(dtype)
-    return jax.tree.unflatten(structure, leaves)
+    return state["params"]
 
 
 def _absolute(path: epath.PathLike) -> epath.Path:
@@ -167,15 +169,16 @@ class _Damaged(Exception):
     pass
 
 
-def _newest_good(paths: list[epath.Path], abstract, only: tuple[str, ...]):
+def _newest_good(paths: list[epath.Path], abstract, convert: Callable | None = None):
     """Loads the newest undamaged step: (path, state, extra, damaged steps), or None without paths.
 
-    `paths` are sorted, newest first. Raises ValueError if all are damaged.
+    `paths` are sorted, newest first. With `convert`, the state is that of `restore_params`. Raises
+    ValueError if all are damaged.
     """
     damaged = {}
     for path in paths:
         try:
-            state, extra = _load(path, abstract, only)
+            state, extra = _load(path, abstract, convert)
         except _Damaged as error:
             # Keep only the text: the error object would keep the loaded arrays in memory.
             damaged[int(path.name)] = str(error)
@@ -199,26 +202,53 @@ def _newest_good(paths: list[epath.Path], abstract, only: tuple[str, ...]):
     return None
 
 
-def _load(path: epath.Path, abstract, only: tuple[str, ...]):
-    """Loads and verifies one step: (tree, extra). Raises _Damaged.
+def _load(path: epath.Path, abstract, convert: Callable | None):
+    """Loads and verifies one step: (tree, extra). Raises _Damaged, or ValueError for another model.
 
-    `only` names the top-level parts to read. abstract=None reads them with the saved shapes.
+    With `convert`, the tree is {"params": ...}, read and converted leaf by leaf.
+    """
+    with _agreeing(path):
+        record = _record(path)
+        wanted = _wanted(path, record["leaves"], abstract, only_params=convert is not None)
+    if convert is None:
+        tree = _verified(path, wanted, record["leaves"], partial=False)
+        return tree, record["extra"]
+    leaves, structure = jax.tree_util.tree_flatten_with_path(wanted)
+    kept = []
+    for keys, leaf in leaves:
+        name = leaf_name(keys)
+        part = _verified(path, _nested({name: leaf}), record["leaves"], partial=True)
+        kept.append(jax.block_until_ready(convert(name.partition("/")[2], *jax.tree.leaves(part))))
+        del part
+    return jax.tree.unflatten(structure, kept), record["extra"]
+
+
+@contextlib.contextmanager
+def _agreeing(path: epath.Path):
+    """Raises _Damaged on all hosts if the block raises it on one.
+
+    A host reads only its own shards, so a read may fail on one host alone. The hosts must agree:
+    either all use this step, or all fall back.
     """
     failure = ""
     try:
-        tree, saved, extra = _read(path, abstract, only)
+        yield
     except _Damaged as error:
         failure = str(error)
-    # A host reads only its own shards, so a read may fail on one host alone. The hosts must agree:
-    # either all use this step, or all fall back.
     if not _all_have(int(path.name), not failure):
         raise _Damaged(failure or "another host cannot read it")
+
+
+def _verified(path: epath.Path, wanted, saved: Mapping[str, list], partial: bool):
+    """Reads arrays of one step and compares their hashes. Raises _Damaged."""
+    with _agreeing(path):
+        tree = _read(path, wanted, partial)
     found = describe(tree)
-    changed = [name for name in saved if found[name] != saved[name]]
+    changed = [name for name in found if found[name] != saved[name]]
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise _Damaged(f"contents of {', '.join(changed[:3])}{more} are not what was saved")
-    return tree, extra
+    return tree
 
 
 def _all_have(step: int, read: bool) -> bool:
@@ -235,27 +265,30 @@ def _all_have(step: int, read: bool) -> bool:
     return bool(found[:, 1].all())
 
 
-def _read(path: epath.Path, abstract, only: tuple[str, ...]):
-    """Reads this host's shards of one step: (tree, {name: [type, shape, hash] as saved}, extra).
+def _wanted(path: epath.Path, saved: Mapping[str, list], abstract, only_params: bool):
+    """Returns what is to be read: a tree of ShapeDtypeStruct with shardings and the saved types.
 
-    The hashes are not compared here. Raises _Damaged, or ValueError for another model.
+    abstract=None wants the saved names and shapes. Raises ValueError for another model.
     """
-    record = _record(path)
-    saved = {
-        name: leaf
-        for name, leaf in record["leaves"].items()
-        if not only or name.split("/")[0] in only
-    }
+    if only_params:
+        saved = {name: leaf for name, leaf in saved.items() if name.startswith("params/")}
     if abstract is None:
         abstract = _nested(
             {name: jax.ShapeDtypeStruct(shape, dtype) for name, (dtype, shape, _) in saved.items()}
         )
-    _check_fits(path, saved, abstract, types_matter=not only)
-    wanted = jax.tree_util.tree_map_with_path(
+    _check_fits(path, saved, abstract, types_matter=not only_params)
+    return jax.tree_util.tree_map_with_path(
         lambda keys, leaf: _placed(leaf, saved[leaf_name(keys)][0]), abstract
     )
+
+
+def _read(path: epath.Path, wanted, partial: bool):
+    """Reads this host's shards of a step, or of the part of it that `wanted` has. Raises _Damaged.
+
+    The hashes are not compared here.
+    """
     context, host = ocp.Context(), jax.process_index()
-    context.pytree.loading.partial_load = bool(only)
+    context.pytree.loading.partial_load = partial
     # If one host failed, the others would wait for it in Orbax's barriers. We therefore let each
     # host load as if it were alone.
     context.multiprocessing.active_processes = {host}
@@ -263,11 +296,10 @@ def _read(path: epath.Path, abstract, only: tuple[str, ...]):
     context.multiprocessing.barrier_sync_key_prefix = f"host{host}"
     try:
         with context:
-            tree = ocp.load_checkpointables(path, {_ITEM: wanted})[_ITEM]
+            return ocp.load_checkpointables(path, {_ITEM: wanted})[_ITEM]
     # Orbax passes on any error of the layers below, often as a KeyError about its handlers.
     except Exception as error:
         raise _Damaged(f"files are missing or cut short ({_cause_of_damage(error)})") from error
-    return tree, saved, record["extra"]
 
 
 def _record(path: epath.Path) -> dict:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from llada_jax.files import local, new_folder
-from llada_jax.models import family_of
+from llada_jax.models import family_of, quantized
 from llada_jax.models.family import Row
 
 # The keys are the type names of a safetensors header.
@@ -53,8 +53,11 @@ def export(
     dtype: casts the parameters; None keeps their types.
     max_shard_bytes: a shard holds at most this many bytes, or a single larger tensor.
 
-    Raises ValueError if `directory` has content, or if params do not fit the model.
+    Raises ValueError if `directory` has content, or if params do not fit the model or are
+    quantised.
     """
+    if quantized.is_quantized(params):
+        raise ValueError("the parameters are quantised: load them without quantize to export them")
     dtype = floating(dtype)
     leaves, shapes = _flat(params), _flat(param_shapes(model.config))
     problems = [
@@ -145,19 +148,41 @@ def _tensors(config: Any, shapes) -> list[_Tensor]:
     return tensors
 
 
-def read_folder(folder: epath.Path, config: Any, dtype, shardings):
+def read_folder(folder: epath.Path, config: Any, dtype, shardings, quantize: str | None = None):
     """Reads the parameters of a folder in the published layout.
 
-    `dtype` casts; None takes the widest type in the files. `shardings` is a tree like params; None
-    puts everything on the first device. A host reads only what its devices hold. Raises
-    FileNotFoundError if files are missing, and one ValueError that lists all weights that do not
-    fit config.json.
+    `dtype` casts; None takes the widest type in the files. `shardings` is a tree like params
+    without `quantize`; None puts everything on the first device. `quantize` makes kernels an
+    Int8Kernel, tensor by tensor. A host reads only what its devices hold. Raises FileNotFoundError
+    if files are missing, and one ValueError that lists all weights that do not fit config.json.
     """
     shapes = param_shapes(config)
     flat = _flat(shapes)
     tensors = _tensors(config, flat)
+    folder = local(folder)
+    files, widest = _check_files(folder, tensors)
+    placed = {} if shardings is None else _flat(shardings)
+    one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    params = {}
+    for row, members in itertools.groupby(tensors, key=lambda tensor: tensor.row):
+        kernel = jax.ShapeDtypeStruct(
+            flat[row.path].shape, dtype or widest, sharding=placed.get(row.path, one_device)
+        )
+        params[row.path] = _read_parameter(
+            kernel,
+            [(os.fspath(folder / files[tensor.name]), tensor) for tensor in members],
+            quantize is not None and quantized.is_kernel(row.path),
+        )
+    return jax.tree.unflatten(jax.tree.structure(shapes), [params[path] for path in flat])
+
+
+def _check_files(folder: epath.Path, tensors: list[_Tensor]):
+    """Returns ({tensor name: file name}, the widest type in the files).
+
+    Raises FileNotFoundError if files are missing, and one ValueError that lists all weights that
+    are not as expected.
+    """
     with contextlib.ExitStack() as stack:
-        folder = local(folder)
         files, problems = _open(folder, stack)
         types = []
         for name, _, _, shape in tensors:
@@ -177,36 +202,44 @@ def read_folder(folder: epath.Path, config: Any, dtype, shardings):
         problems += [
             f"{name} is surplus ({file})" for name, (file, _) in files.items() if name not in known
         ]
-        if problems:
-            raise ValueError(f"{folder}: the weights do not fit config.json: {'; '.join(problems)}")
+    if problems:
+        raise ValueError(f"{folder}: the weights do not fit config.json: {'; '.join(problems)}")
+    return {name: file for name, (file, _) in files.items()}, jnp.result_type(*types)
 
-        dtype = dtype or jnp.result_type(*types)
-    placed = {} if shardings is None else _flat(shardings)
-    one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    params, last = {}, None
-    for row, members in itertools.groupby(tensors, key=lambda tensor: tensor.row):
-        shape, sharding = flat[row.path].shape, placed.get(row.path, one_device)
-        stacked = "{i}" in row.name
-        as_ours = _of_one(sharding, len(shape), stacked, False)
-        as_published = _of_one(sharding, len(shape), stacked, row.transpose)
-        array = None
-        for name, _, layer, published in members:
-            piece = _read(os.fspath(folder / files[name][0]), name, published, as_published)
-            # Read one tensor while the one before is placed, but no further ahead: this bounds the
-            # host memory.
-            jax.block_until_ready(last)
-            if row.transpose:
-                piece = last = _transposer(as_ours, dtype)(piece)
-            if stacked or not row.transpose:
-                if array is None:
-                    array = jax.jit(
-                        functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding
-                    )()
-                array = last = _placer(sharding)(array, piece, layer or 0)
-            else:
-                array = piece
-        params[row.path] = array
-    return jax.tree.unflatten(jax.tree.structure(shapes), [params[path] for path in flat])
+
+def _read_parameter(whole: jax.ShapeDtypeStruct, members: list, quantize: bool):
+    """Reads the tensors of one parameter, whose shape, type and sharding are those of `whole`.
+
+    `members` are (file, tensor), of which a stacked parameter has one for each layer.
+    """
+    row, stacked = members[0][1].row, members[0][1].layer is not None
+    ndim = len(whole.shape)
+    as_ours = _of_one(whole.sharding, ndim, stacked, False)
+    as_published = _of_one(whole.sharding, ndim, stacked, row.transpose)
+    target = quantized.abstract(whole) if quantize else whole
+    sharding = jax.tree.map(lambda x: x.sharding, target)
+    convert = None
+    if row.transpose or quantize:
+        convert = _converter(as_ours, whole.dtype, row.transpose, quantize)
+    array = last = None
+    for file, (name, _, layer, shape) in members:
+        piece = _read(file, name, shape, as_published)
+        # Read one tensor while the one before is placed, but no further ahead: this bounds the
+        # host memory.
+        jax.block_until_ready(last)
+        if convert is not None:
+            piece = last = convert(piece)
+        if not stacked and convert is not None:
+            array = piece
+            continue
+        if array is None:
+            array = jax.jit(functools.partial(_zeros, target), out_shardings=sharding)()
+        array = last = _placer(sharding)(array, piece, layer or 0)
+    return jax.block_until_ready(array)
+
+
+def _zeros(target):
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), target)
 
 
 # Bytes of a file that are mapped at a time. Pages that were read through a mapping count as memory
@@ -262,22 +295,32 @@ def _of_one(sharding, ndim: int, stacked: bool, transpose: bool):
 
 
 @functools.cache
-def _transposer(sharding, dtype):
-    """Compiles transpose and cast.
+def _converter(sharding, dtype, transpose: bool, quantize: bool):
+    """Compiles what makes a part of a parameter of a tensor: transpose, then cast or quantise.
 
     This is a program of its own. If it were fused with `_placer`, XLA's CPU backend would run the
     transpose on one core.
     """
-    return jax.jit(lambda piece: piece.T.astype(dtype), out_shardings=sharding)
+
+    def convert(piece):
+        piece = piece.T if transpose else piece
+        return quantized.quantize(piece) if quantize else piece.astype(dtype)
+
+    return jax.jit(
+        convert, out_shardings=quantized.shardings(sharding, 2) if quantize else sharding
+    )
 
 
 @functools.cache
 def _placer(sharding):
     """Compiles (parameter, tensor, layer) -> parameter: casts the tensor and writes it in place."""
 
-    def place(array, piece, layer):
+    def put(array, piece, layer):
         piece = piece.astype(array.dtype).reshape((-1, *array.shape[1:]))
         return jax.lax.dynamic_update_slice(array, piece, (layer, *(0,) * (array.ndim - 1)))
+
+    def place(arrays, pieces, layer):
+        return jax.tree.map(lambda array, piece: put(array, piece, layer), arrays, pieces)
 
     return jax.jit(place, donate_argnums=0, out_shardings=sharding)
 

@@ -1,4 +1,4 @@
-"""Parts that architectures share: norm, linear layer, rotary embedding, remat policies."""
+"""Parts that architectures share: norm, product, linear layer, rotary embedding, remat policies."""
 
 from typing import Any
 
@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from llada_jax.models.quantized import Int8Kernel
 
 # Remat policies by name: what a layer keeps between its forward and its backward pass.
 REMAT = {
@@ -34,6 +36,24 @@ def cast(weight: Array, dtype: Any) -> Array:
     return jax.lax.optimization_barrier(weight).astype(dtype)
 
 
+def product(x: Float[Array, "*b i"], kernel: Any, dtype: Any = None) -> Float[Array, "*b o"]:
+    """Returns x @ kernel [i, o], an array or an Int8Kernel, in `dtype` (None: that of x)."""
+    if not isinstance(kernel, Int8Kernel):
+        return jnp.matmul(
+            x, cast(kernel, x.dtype), precision=precision(x.dtype), preferred_element_type=dtype
+        )
+    # The type of x holds every int8 value exactly. No barrier as in `cast`: XLA does not move a
+    # cast to a wider type out of a loop, and on TPU it makes this cast a part of the product, which
+    # then reads int8.
+    y = jnp.matmul(
+        x,
+        kernel.values.astype(x.dtype),
+        precision=precision(x.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return (y * kernel.scale).astype(dtype or x.dtype)
+
+
 class RMSNorm(nn.Module):
     """RMSNorm: x / rms(x) in float32, cast back, then times the weight."""
 
@@ -52,7 +72,10 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """Linear layer without bias: x @ kernel, where kernel is [inputs, outputs]."""
+    """Linear layer without bias: x @ kernel, where kernel is [inputs, outputs].
+
+    In the parameters, an Int8Kernel may stand for the kernel.
+    """
 
     inputs: int
     outputs: int
@@ -70,8 +93,7 @@ class Linear(nn.Module):
         """Applies the layer to the last axis."""
         # The leading axes are flattened to one: for the gradient of a batched product, XLA's CPU
         # backend transposes far more.
-        kernel = cast(self.kernel, self.dtype)
-        y = jnp.matmul(x.reshape(-1, self.inputs), kernel, precision=precision(self.dtype))
+        y = product(x.reshape(-1, self.inputs).astype(self.dtype), self.kernel)
         return y.reshape(*x.shape[:-1], self.outputs)
 
 

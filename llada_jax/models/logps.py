@@ -1,28 +1,27 @@
 """Log-probabilities of target tokens, computed in chunks of the vocabulary."""
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-from llada_jax.models.layers import cast, precision
+from llada_jax.models.layers import product
 
 
-def head_logits(hidden: Float[Array, "*b d"], head: Float[Array, "d v"]) -> Float32[Array, "*b v"]:
-    """Logits: hidden @ head, in float32."""
-    head = cast(head, hidden.dtype)
-    return jnp.matmul(
-        hidden, head, precision=precision(hidden.dtype), preferred_element_type=jnp.float32
-    )
+def head_logits(hidden: Float[Array, "*b d"], head: Any) -> Float32[Array, "*b v"]:
+    """Logits: hidden @ head [d, v], in float32. The head is an array or an Int8Kernel."""
+    return product(hidden, head, jnp.float32)
 
 
 def chunked_logps(
-    hidden: Float[Array, "b l d"], head: Float[Array, "d v"], targets: Int[Array, "b l"], chunk: int
+    hidden: Float[Array, "b l d"], head: Any, targets: Int[Array, "b l"], chunk: int
 ) -> Float32[Array, "b l"]:
     """The log-probability of each target: log softmax(hidden @ head)[target], in nats.
 
+    The head [d, v] is an array or an Int8Kernel.
     It holds the logits of `chunk` vocabulary entries at a time. The backward pass recomputes the
     logits of each chunk. The loop is over the vocabulary, not over positions. So if the head is
     sharded, a device holds only one whole chunk of it, and of its gradient, at a time.
@@ -56,14 +55,22 @@ def chunked_logps(
     def add(carry, xs):
         target, largest, total = carry
         head, first = xs
-        logits, found = logits_of(head.reshape(head.shape[0], -1), first)
+        head = jax.tree.map(lambda x: x.reshape(*x.shape[:-2], -1), head)
+        logits, found = logits_of(head, first)
         new = jax.lax.stop_gradient(jnp.maximum(largest, logits.max(-1)))
         total = total * jnp.exp(largest - new) + jnp.exp(logits - new[..., None]).sum(-1)
         return (target + found, new, total), None
 
-    head = jnp.pad(head.reshape(-1, shards, shard), ((0, 0), (0, 0), (0, chunks * part - shard)))
-    head = jnp.moveaxis(head.reshape(-1, shards, chunks, part), 2, 0)
-    head = nn.with_logical_constraint(head, (None, "embed", "vocab", None))
+    def split(x):
+        """Splits the vocabulary, the last axis: [d, v] to [chunks, d, shards, part]."""
+        rows = x.shape[:-1]
+        x = x.reshape(*rows, shards, shard)
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, chunks * part - shard)])
+        x = jnp.moveaxis(x.reshape(*rows, shards, chunks, part), -2, 0)
+        axes = ("embed",) * len(rows)
+        return nn.with_logical_constraint(x, (None, *axes, "vocab", None))
+
+    head = jax.tree.map(split, head)  # of an Int8Kernel: values [d, v] and scale [v]
     zeros = jnp.zeros(targets.shape, jnp.float32)
     start = (zeros, jnp.full_like(zeros, -jnp.inf), zeros)
     (target, largest, total), _ = jax.lax.scan(

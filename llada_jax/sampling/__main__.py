@@ -24,6 +24,7 @@ from llada_jax.checkpoints import loading
 from llada_jax.data.records import read_records
 from llada_jax.data.templates import encode_prompt
 from llada_jax.files import is_remote, write_whole
+from llada_jax.models import quantized
 from llada_jax.sampling import picture
 from llada_jax.sampling.flags import add_flags, settings_of
 from llada_jax.sampling.responses import respond, trim
@@ -60,6 +61,9 @@ def parser() -> cli.Parser:
         "--stop", action="append", default=[], help="end a response before this text; repeatable"
     )
     parser.add_argument("--dtype", help="cast the parameters, as to bfloat16; default: as stored")
+    parser.add_argument(
+        "--quantize", choices=quantized.KINDS, help="the weights of layers and head in 8 bits"
+    )
     parser.add_argument("--seed", type=int, default=0)
     add_flags(parser)
     return parser
@@ -71,15 +75,14 @@ def main(args: argparse.Namespace):
     prompts = _prompts(args)
     settings = {k: v for k, v in settings_of(args).items() if v is not None}
     about = {name: getattr(args, name) for name in ("model", "template", "dtype", "seed")}
-    if args.stop:
-        about["stop"] = args.stop
+    about |= {name: getattr(args, name) for name in ("quantize", "stop") if getattr(args, name)}
     about |= {k: dataclasses.asdict(v) if k == "growth" else v for k, v in settings.items()}
     lines = _answered(args.out, prompts, about) if args.out else {}
     if len(lines) == len(prompts):
         print(f"{args.out} has all {len(lines)} responses")
         return
 
-    logits_fn, config, tokenizer = loading.open_model(args.model, args.dtype)
+    logits_fn, config, tokenizer = loading.open_model(args.model, args.dtype, args.quantize)
     special = loading.special_ids(config, tokenizer)
     missing = [i for i in range(len(prompts)) if i not in lines]
     ids = [_encode(tokenizer, prompts[i], args.template) for i in missing]

@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key
 
+from llada_jax.models import quantized
 from llada_jax.parallel import mesh as mesh_lib
 
 
@@ -49,8 +50,14 @@ def init_state(
 ):
     """Makes a new state, sharded over the devices of the mesh.
 
-    `params` (host or device arrays) replace the random parameters if given.
+    `params` (host or device arrays) replace the random parameters if given. Raises ValueError if
+    they are quantised.
     """
+    if quantized.is_quantized(params):
+        raise ValueError(
+            "the parameters are quantised, and int8 has no gradient: load them without quantize to"
+            " train them"
+        )
     abstract = abstract_state(model, tx, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     if params is None:

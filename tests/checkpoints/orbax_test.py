@@ -289,7 +289,9 @@ def test_restore_params_of_a_workdir_or_a_step(tmp_path, monkeypatch):
     flip_bit(tmp_path / "checkpoints" / "3", 3)  # in the optimiser's state, which is not read
     assert_same_bits(orbax.restore_params(tmp_path), make_state(3).params)
     sharded = abstract(make_state().params, on_mesh(2, 4))
-    found = orbax.restore_params(tmp_path / "checkpoints" / "2", jnp.float32, sharded)
+    found = orbax.restore_params(
+        tmp_path / "checkpoints" / "2", lambda name, leaf: leaf.astype(jnp.float32), sharded
+    )
     assert_same_bits(
         found, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), make_state(2).params)
     )
