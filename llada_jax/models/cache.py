@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -14,12 +15,14 @@ Array = jax.Array | jax.ShapeDtypeStruct  # the sampler also computes with shape
 class KeyValues:
     """Rotated keys and values of all layers and positions, and where the next pass writes.
 
+    Heads come before positions: in this order the attention of TPUs reads them, so that no pass
+    copies them to another layout.
     The tokens of a pass stand at `places` of the text (None: at all of them, in order). Their keys
     and values are written where `writes` is true (None: everywhere).
     """
 
-    keys: Float[Array, "n b l k d"]
-    values: Float[Array, "n b l k d"]
+    keys: Float[Array, "n b k l d"]
+    values: Float[Array, "n b k l d"]
     layer: Int[Array, ""]  # the next layer to write
     places: Int[Array, "b w"] | None = None
     writes: Bool[Array, "b w"] | None = None
@@ -28,8 +31,10 @@ class KeyValues:
 
     @classmethod
     def zeros(cls, shape: tuple[int, ...], dtype) -> "KeyValues":
-        """An empty cache of shape [layers, rows, length, heads, size]."""
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.int32(0))
+        """An empty cache of shape [layers, rows, heads, length, size]."""
+        axes = ("layers", "act_rows", "act_heads", "act_length", None)
+        keys, values = (nn.with_logical_constraint(jnp.zeros(shape, dtype), axes) for _ in range(2))
+        return cls(keys, values, jnp.int32(0))
 
     def at(
         self,
@@ -46,29 +51,31 @@ class KeyValues:
         """Writes a layer; returns the cache for the next, and the layer's keys and values."""
         keys, values = self._write(self.keys, key), self._write(self.values, value)
         here = (jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False) for x in (keys, values))
+        here = (jnp.swapaxes(x, 1, 2) for x in here)
         return dataclasses.replace(self, keys=keys, values=values, layer=self.layer + 1), *here
 
     def _write(self, kept, fresh):
         # Always in place: the loops over layers and passes carry the buffer.
         fresh = fresh.astype(kept.dtype)
-        writes = None if self.writes is None else self.writes[:, :, None, None]
+        writes = None if self.writes is None else self.writes[:, None, :, None]
         rows = jnp.arange(fresh.shape[0])
+        if self.places is not None and not self.contiguous:
+            places = self.places
+            if self.writes is not None:
+                places = jnp.where(self.writes, places, kept.shape[3])
+            return kept.at[self.layer, rows[:, None], :, places].set(fresh, mode="drop")
+        fresh = jnp.swapaxes(fresh, 1, 2)
         if self.places is None:
             if writes is not None:
                 old = jax.lax.dynamic_index_in_dim(kept, self.layer, keepdims=False)
                 fresh = jnp.where(writes, fresh, old)
             return jax.lax.dynamic_update_index_in_dim(kept, fresh, self.layer, 0)
-        if not self.contiguous:
-            places = self.places
-            if self.writes is not None:
-                places = jnp.where(self.writes, places, kept.shape[2])
-            return kept.at[self.layer, rows[:, None], places].set(fresh, mode="drop")
         at = jnp.stack([jnp.full_like(rows, self.layer), rows, self.places[:, 0]], 1)
         if writes is not None:
-            gather = jax.lax.GatherDimensionNumbers((1, 2, 3), (0, 1), (0, 1, 2))
+            gather = jax.lax.GatherDimensionNumbers((1, 2, 3), (0, 1), (0, 1, 3))
             old = jax.lax.gather(kept, at, gather, (1, 1, *fresh.shape[1:]), mode="clip")
             fresh = jnp.where(writes, fresh, old)
-        scatter = jax.lax.ScatterDimensionNumbers((1, 2, 3), (0, 1), (0, 1, 2))
+        scatter = jax.lax.ScatterDimensionNumbers((1, 2, 3), (0, 1), (0, 1, 3))
         return jax.lax.scatter(
             kept, at, fresh, scatter, indices_are_sorted=True, unique_indices=True, mode="clip"
         )

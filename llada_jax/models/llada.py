@@ -182,8 +182,9 @@ class Block(nn.Module):
         """Maps (x [b, l, d], cache or None) to (that of the next layer, None), as nn.scan needs."""
         x, cache = carry
         y = self.attn_norm(x)
-        (q, k), v = self._queries(y, positions), self._values(y)
-        if cache is not None:
+        keeps = cache is not None
+        (q, k), v = self._queries(y, positions, keeps), self._values(y, keeps)
+        if keeps:
             cache, k, v = cache.put(k, v)
         by_query = attention_mask is not None and attention_mask.ndim == 3
         if k.shape[1] == q.shape[1] and not by_query:
@@ -200,18 +201,22 @@ class Block(nn.Module):
         x = constrain(x + self.attn_out(y.reshape(x.shape)), "act_embed")
         return (constrain(x + self.mlp(x), "act_embed"), cache), None
 
-    def _split(self, y, heads):
+    def _split(self, y, heads, keeps):
+        if keeps:
+            # Without the barrier, XLA for TPU copies q_proj, k_proj and v_proj of all layers to
+            # another layout, to get the heads in that of the attention, and keeps the copies.
+            y = jax.lax.optimization_barrier(y)
         return constrain(y.reshape(*y.shape[:-1], heads, self.config.head_size), "act_heads", None)
 
-    def _queries(self, y, positions):
+    def _queries(self, y, positions, keeps=True):
         """Rotated queries and keys of normed activations."""
         cfg = self.config
-        q = self._split(self.q_proj(y), cfg.n_heads)
-        k = self._split(self.k_proj(y), cfg.n_kv_heads)
+        q = self._split(self.q_proj(y), cfg.n_heads, keeps)
+        k = self._split(self.k_proj(y), cfg.n_kv_heads, keeps)
         return rotate(q, positions, cfg.rope_theta), rotate(k, positions, cfg.rope_theta)
 
-    def _values(self, y):
-        return self._split(self.v_proj(y), self.config.n_kv_heads)
+    def _values(self, y, keeps=True):
+        return self._split(self.v_proj(y), self.config.n_kv_heads, keeps)
 
     def mlp(self, x):
         """What the gated MLP adds to x [b, l, d]."""
@@ -340,7 +345,7 @@ class LLaDA(nn.Module):
     def init_cache(self, batch: int, length: int) -> KeyValues:
         """An empty cache for texts of `batch` rows and `length` positions."""
         cfg = self.config
-        shape = (cfg.n_layers, batch, length, cfg.n_kv_heads, cfg.head_size)
+        shape = (cfg.n_layers, batch, cfg.n_kv_heads, length, cfg.head_size)
         return KeyValues.zeros(shape, self.dtype)
 
     def with_cache(
