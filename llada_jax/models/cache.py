@@ -1,6 +1,7 @@
 """Keys and values that a model keeps between passes over the same text."""
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import flax.linen as nn
 import flax.struct
@@ -8,7 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-Array = jax.Array | jax.ShapeDtypeStruct  # the sampler also computes with shapes
+if TYPE_CHECKING:
+    Array = jax.Array
+else:
+    Array = jax.Array | jax.ShapeDtypeStruct  # the sampler also computes with shapes
 
 
 @flax.struct.dataclass

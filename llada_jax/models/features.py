@@ -8,13 +8,17 @@ Source: dLLM-Cache, arXiv:2506.06295, as in its published code.
 
 import dataclasses
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-Array = jax.Array | jax.ShapeDtypeStruct  # the sampler also computes with shapes
+if TYPE_CHECKING:
+    Array = jax.Array
+else:
+    Array = jax.Array | jax.ShapeDtypeStruct  # the sampler also computes with shapes
 
 
 @flax.struct.dataclass

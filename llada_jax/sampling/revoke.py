@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from llada_jax.sampling.unmasking import CONFIDENCES
 
-# ReMDM's loop begins when this share of a block is committed (arXiv:2503.00307, section 5.3).
+# ReMDM's loop begins when this share of a block is committed (arXiv:2503.00307, appendix D.4).
 LOOP_FROM = 7 / 8
 
 
@@ -50,7 +50,7 @@ def remdm(row: Written, numbers: Any) -> Bool[Array, " n"]:
     """Revokes the revoke_number least confident tokens, in revoke_passes passes of a block.
 
     These passes begin when 7/8 of the block are committed.
-    Source: ReMDM (arXiv:2503.00307): confidence and loop, as published for LLaDA.
+    Source: ReMDM (arXiv:2503.00307), appendix D.4: its form for LLaDA.
     """
     done = row.written | row.committed
     loops = jnp.sum(done) >= jnp.floor(LOOP_FROM * row.planned).astype(jnp.int32)

@@ -5,7 +5,7 @@ So rows may be in different blocks, and a row that is finished can be replaced.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.struct
 import jax
@@ -15,7 +15,10 @@ from jaxtyping import Bool, Float, Int
 from llada_jax.sampling.settings import Settings
 from llada_jax.sampling.unmasking import COMMITS
 
-Array = jax.Array | jax.ShapeDtypeStruct  # `lower` and `blank` compute with shapes
+if TYPE_CHECKING:
+    Array = jax.Array
+else:
+    Array = jax.Array | jax.ShapeDtypeStruct  # the sampler also computes with shapes
 
 
 @flax.struct.dataclass

@@ -192,15 +192,15 @@ def entropy_bounded(row: Row, numbers: Any, limit: Limit) -> Bool[Array, " l"]:
 
     H are the entropies of the k predictions in nats; sum H - max H bounds the mutual information
     that sampling them independently ignores. At least one is committed.
-    Source: EB-Sampler (arXiv:2505.24857), equation 6.
+    Source: EB-Sampler (arXiv:2505.24857), equation 2.
     """
     del limit
     count = jnp.sum(row.open)
     h = jnp.where(jnp.arange(row.score.shape[0]) < count, _sorted(row, row.entropy), 0.0)
-    lost = jnp.cumsum(h) - jax.lax.cummax(h)
-    within = lost <= np.float32(numbers.entropy_budget)
-    # The first is never lost: for it the difference is 0, up to rounding.
-    k = jnp.maximum(jnp.sum(jnp.cumprod(within)), 1)
+    most = jax.lax.cummax(h)
+    # sum H - max H grows by min(H_k, the largest before): a sum without a difference.
+    lost = jnp.cumsum(jnp.minimum(h, jnp.concatenate([jnp.zeros(1), most[:-1]])))
+    k = jnp.sum(lost <= np.float32(numbers.entropy_budget))
     return row.open & (row.rank < k)
 
 
