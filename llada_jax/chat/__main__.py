@@ -15,6 +15,7 @@ from llada_jax.chat.screen import Plain, Terminal, open_screen
 from llada_jax.chat.session import Session
 from llada_jax.checkpoints import loading
 from llada_jax.files import write_whole
+from llada_jax.models import quantized
 from llada_jax.sampling.flags import add_flags
 
 COMMANDS = {
@@ -51,6 +52,9 @@ def parser() -> cli.Parser:
         help="plain: BOS and the text, a transcript from the second turn on",
     )
     parser.add_argument("--dtype", help="cast the parameters, as to bfloat16; default: as stored")
+    parser.add_argument(
+        "--quantize", choices=quantized.KINDS, help="the weights of layers and head in 8 bits"
+    )
     parser.add_argument("--seed", type=int, default=0)
     add_flags(parser)
     parser.set_defaults(stop_at_eos=None)  # on, if the model has an EOS that it may write
@@ -60,7 +64,7 @@ def parser() -> cli.Parser:
 def main(args: argparse.Namespace):
     """Runs the command."""
     screen = open_screen()
-    model = loading.open_model(args.model, args.dtype)
+    model = loading.open_model(args.model, args.dtype, args.quantize)
     special = loading.special_ids(*model[1:])
     if args.stop_at_eos is None:
         args.stop_at_eos = special["eos_id"] is not None and not args.logits_eos_inf
@@ -127,7 +131,7 @@ def _save(session: Session, args: argparse.Namespace, name: str) -> str:
     path = pathlib.Path(name).expanduser()
     if path.exists():
         raise ValueError(f"{path} exists: give another file")
-    about = {key: getattr(args, key) for key in ("model", "template", "dtype", "seed")}
+    about = {key: getattr(args, key) for key in ("model", "template", "dtype", "quantize", "seed")}
     content = {**about, "settings": session.settings, "messages": session.messages}
     write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return f"wrote {path}"

@@ -139,20 +139,15 @@ def draw(
     )
     again = np.flatnonzero(_counts(revocations, steps) > 0)
     if again.size:
-        axes.scatter(
-            again,
-            steps[again],
-            s=90,
-            facecolors="none",
-            edgecolors="tab:red",
-            label="revoked before",
-        )
-        axes.legend(loc="upper left", frameon=False)
+        ring = dict(s=90, facecolors="none", edgecolors="tab:red")
+        axes.scatter(again, steps[again], **ring, label="an earlier token was revoked")
+        plot.legend(loc="outside lower right", frameon=False)
     plot.colorbar(points, ax=axes, label="confidence at the commit")
     if len(words) <= 64:  # more would not be legible
         labels = [word.strip() or repr(word)[1:-1] for word in words]
         axes.set_xticks(range(len(words)), labels, rotation=90 if max(map(len, labels)) > 2 else 0)
-    axes.set(title=title, xlabel="position in the response", ylabel="pass", ylim=(0, None))
+    axes.set(title=title, xlabel="position in the response", ylabel="pass")
+    axes.set_ylim(0, steps.max(initial=0) + 0.5)
     axes.margins(x=0.02)
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
