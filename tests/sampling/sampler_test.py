@@ -445,6 +445,29 @@ def test_sample_responses_pads_and_batches():
         np.testing.assert_array_equal(response, expected[0, width:])
 
 
+def test_a_response_ends_where_it_is_asked_to():
+    # Truth: the same responses, not ended. The first block of each is looked at by `stop`.
+    prompts = [[1, 2, 3], [7, 8, 9], [4, 4, 4]]
+    settings = dict(pad_id=EOS, batch_size=2, temperature=2.0, key=jax.random.key(0), **GOOD)
+    whole = sampling.sample_responses(toy_logits, prompts, **settings)
+    looked = []
+
+    def stop(tokens):
+        looked.append(tokens)
+        return tokens[:4] == whole[1, :4].tolist()
+
+    found = {r.index: r for r in sampling.respond(toy_logits, prompts, stop=stop, **settings)}
+    assert sorted(found) == [0, 1, 2] and all(len(tokens) == 4 for tokens in looked)
+    for index, response in found.items():
+        ends = 4 if index == 1 else 8
+        np.testing.assert_array_equal(response.tokens[:ends], whole[index, :ends])
+        assert (response.tokens[ends:] == EOS).all() and response.passes == ends // 2
+    lengths = [3, 8, 5]
+    got = sampling.sample_responses(toy_logits, prompts, **settings | dict(gen_length=lengths))
+    assert got.shape == (3, 8) and (got[0, 3:] == EOS).all() and (got[2, 5:] == EOS).all()
+    np.testing.assert_array_equal(got[1], whole[1])
+
+
 def test_sample_responses_of_one_length_are_not_padded():
     seen = []
 
