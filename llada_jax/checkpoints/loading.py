@@ -101,9 +101,9 @@ def home_of(path: epath.Path) -> epath.Path | None:
     return absolute.parent.parent / "model" if is_step else None
 
 
-def open_model(path: str, dtype=None, quantize: str | None = None):
+def open_model(path: str, dtype=None, quantize: str | None = None, shardings=None):
     """Opens a model for the sampler by `load`; returns (logits_fn, config, tokenizer)."""
-    model, params = load(path, dtype, quantize=quantize)
+    model, params = load(path, dtype, shardings, quantize)
     logits_fn = Partial(model.apply, {"params": params})
     return logits_fn, model.config, tokenizer_lib.load(model_folder(path))
 

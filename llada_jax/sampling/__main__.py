@@ -19,12 +19,13 @@ import time
 import jax
 import numpy as np
 
-from llada_jax import cli, metrics
+from llada_jax import cli, metrics, models
 from llada_jax.checkpoints import loading
 from llada_jax.data.records import read_records
 from llada_jax.data.templates import encode_prompt
 from llada_jax.files import is_remote, write_whole
 from llada_jax.models import quantized
+from llada_jax.parallel import mesh as mesh_lib
 from llada_jax.sampling import picture
 from llada_jax.sampling.flags import add_flags, settings_of
 from llada_jax.sampling.responses import respond, trim
@@ -64,6 +65,15 @@ def parser() -> cli.Parser:
     parser.add_argument(
         "--quantize", choices=quantized.KINDS, help="the weights of layers and head in 8 bits"
     )
+    parser.add_argument(
+        "--fsdp",
+        type=int,
+        default=1,
+        help="split the parameters, and the rows, over so many devices",
+    )
+    parser.add_argument(
+        "--tensor", type=int, default=1, help="split the heads and the MLP over so many devices"
+    )
     parser.add_argument("--seed", type=int, default=0)
     add_flags(parser)
     return parser
@@ -82,7 +92,14 @@ def main(args: argparse.Namespace):
         print(f"{args.out} has all {len(lines)} responses")
         return
 
-    logits_fn, config, tokenizer = loading.open_model(args.model, args.dtype, args.quantize)
+    mesh = _mesh(args)
+    shardings = None
+    if mesh is not None:
+        boxed = models.boxed_shapes(loading.read_config(args.model))
+        shardings = mesh_lib.shardings(mesh, boxed)
+    logits_fn, config, tokenizer = loading.open_model(
+        args.model, args.dtype, args.quantize, shardings
+    )
     special = loading.special_ids(config, tokenizer)
     missing = [i for i in range(len(prompts)) if i not in lines]
     ids = [_encode(tokenizer, prompts[i], args.template) for i in missing]
@@ -107,10 +124,13 @@ def main(args: argparse.Namespace):
         key=jax.random.key(args.seed),
         row_ids=missing,
         stop=stop if args.stop else None,
+        row_sharding=None if mesh is None else mesh_lib.rows(mesh),
         **special,
         **settings,
     )
     with contextlib.ExitStack() as stack:
+        if mesh is not None:
+            stack.enter_context(mesh_lib.use(mesh))
         progress = None
         if args.out:  # printed responses are their own progress
             progress = metrics.Progress(len(prompts), len(lines), unit="response", show=(), every=5)
@@ -124,6 +144,20 @@ def main(args: argparse.Namespace):
                 words = _picture(render, response, tokenizer, special, prompts[index])
                 write_whole(args.picture, words)
         write.close()
+
+
+def _mesh(args: argparse.Namespace):
+    """The mesh of all devices, or None if the model is on one device."""
+    if args.fsdp == args.tensor == 1:
+        return None
+    mesh = mesh_lib.make_mesh(fsdp=args.fsdp, tensor=args.tensor)
+    parts = mesh_lib.row_shards(mesh)
+    if args.batch_size % parts:
+        raise ValueError(
+            f"--batch_size={args.batch_size} is no multiple of the {parts} parts of the rows: "
+            "devices / --tensor"
+        )
+    return mesh
 
 
 def _before(text: str, stops: list[str]) -> str:

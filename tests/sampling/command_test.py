@@ -61,6 +61,15 @@ def test_a_file_of_responses_is_continued(tmp_path, monkeypatch, capsys):
     assert "is not of these prompts and settings" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_a_model_on_eight_devices_writes_the_same(capsys):
+    prompts = [f"--prompt={puzzle}" for puzzle in PUZZLES]
+    run(*prompts, "--cache=dual")
+    alone = capsys.readouterr().out
+    run(*prompts, "--cache=dual", "--fsdp=2", "--tensor=2", "--batch_size=4")
+    assert capsys.readouterr().out == alone
+
+
 def test_the_page_of_a_response_has_its_tokens(tmp_path, capsys):
     run(f"--prompt={PUZZLES[0]}", f"--picture={tmp_path}/a.html")
     text, page = capsys.readouterr().out.strip(), (tmp_path / "a.html").read_text()
@@ -93,6 +102,7 @@ def test_the_page_escapes_its_text():
         (["--prompt=1", "--picture=a.jpg"], "picture 'a.jpg' must end in .html, .png, .svg, .pdf"),
         (["--prompt=1", "--gen_length=4096", "--block_length=4096"], "lower --gen_length"),
         (["--prompts=jsonl:/nowhere"], "no file matches"),
+        (["--prompt=1", "--fsdp=8", "--batch_size=12"], "no multiple of the 8 parts of the rows"),
         (["--prompt=1", "--out=gs://bucket/x"], "must be a local file"),
     ],
 )
