@@ -38,7 +38,7 @@ FLOORS = (
         "parallel sampling tasks tokenizer variance",
     },
     {
-        "compile": "batch chips parallel train",
+        "compile": "batch chips models parallel sampling train",
         "benchmark": "batch checkpoints chips metrics models noise objectives parallel sampling "
         "train",
     },

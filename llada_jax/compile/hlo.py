@@ -4,6 +4,7 @@ It finds the arrays, loops, collectives and memory traffic of one device.
 """
 
 import collections
+import copy
 import dataclasses
 import functools
 import math
@@ -111,6 +112,11 @@ def _constant(instruction: Instruction) -> int | None:
     return int(found.group(1)) if found else None
 
 
+def _parameter(instruction: Instruction) -> int:
+    """The number of a parameter of a computation."""
+    return int(re.search(r"parameter\((\d+)\)", instruction.text).group(1))
+
+
 class Program:
     """The computations of one compiled program (`compiled.as_text()`)."""
 
@@ -127,6 +133,24 @@ class Program:
                     self.entry = header.group(1)
             elif current is not None and (instruction := _instruction(line)):
                 current[instruction.name] = instruction
+
+    def part(self, name: str) -> "Program":
+        """The same program, of which one run of a computation is called, such as a loop's body."""
+        part = copy.copy(self)
+        part.entry = name
+        part.__dict__.pop("times", None)
+        return part
+
+    def writers(self, dims: tuple[int, ...]) -> list[Instruction]:
+        """The instructions in loops that write a whole array of these dimensions to HBM."""
+        found = []
+        for name in self.times.keys() - {self.entry}:
+            scope = self.computations[name]
+            for instruction in scope.values():
+                whole = [s.nbytes for s in instruction.shapes if s.dims == dims and s.in_hbm]
+                if whole and self._traffic(instruction, scope) >= max(whole):
+                    found.append(instruction)
+        return found
 
     def arrays(self) -> Iterator[Shape]:
         """Every array in HBM that is the result of an instruction outside fusions."""
@@ -300,26 +324,52 @@ class Program:
         return written + sum(sizes)
 
     def _fusion_traffic(self, fusion: Instruction, written: int, sizes: list[int]):
-        inside = self.computations[fusion.attribute("calls")]
-        users = collections.defaultdict(list)
-        for instruction in inside.values():
-            for operand in instruction.operands:
-                users[operand].append(instruction)
+        name = fusion.attribute("calls")
+        inside, users = self.computations[name], self._users(name)
         for instruction in inside.values():
             if instruction.opcode != "parameter":
                 continue
-            number = int(re.search(r"parameter\((\d+)\)", instruction.text).group(1))
+            number = _parameter(instruction)
             uses = users[instruction.name]
-            if uses and all(u.opcode == "dynamic-slice" for u in uses):
-                sizes[number] = min(sizes[number], sum(u.shapes[0].nbytes for u in uses))
-            elif uses and all(
+            if uses and all(
                 u.opcode == "dynamic-update-slice" and u.operands[0] == instruction.name
                 for u in uses
             ):
                 updates = sum(inside[u.operands[1]].shapes[0].nbytes for u in uses)
                 whole = sum(u.shapes[0].nbytes for u in uses)
                 sizes[number], written = 0, max(written - whole, 0) + 2 * updates
+            else:
+                sizes[number] = min(sizes[number], self._read(name, instruction.name))
         return written, sizes
+
+    def _users(self, name: str) -> dict[str, list[Instruction]]:
+        """The instructions of a computation that have each value as an operand."""
+        users = collections.defaultdict(list)
+        for instruction in self.computations[name].values():
+            for operand in set(instruction.operands):
+                users[operand].append(instruction)
+        return users
+
+    def _read(self, name: str, value: str) -> int:
+        """The bytes that a fused computation reads of one of its values: all, or slices of it."""
+        whole = sum(s.nbytes for s in self.computations[name][value].shapes)
+        total = 0
+        for use in self._users(name)[value]:
+            if use.opcode in ("dynamic-slice", "slice", "gather") and use.operands[0] == value:
+                total += use.shapes[0].nbytes
+            # Within a fusion, a fusion that aliases its operand only names another tiling.
+            elif use.opcode == "bitcast" or "output_to_operand_aliasing" in use.text:
+                total += self._read(name, use.name)
+            elif use.opcode == "fusion":
+                called = use.attribute("calls")
+                total += sum(
+                    self._read(called, i.name)
+                    for i in self.computations[called].values()
+                    if i.opcode == "parameter" and use.operands[_parameter(i)] == value
+                )
+            else:
+                return whole
+        return min(total, whole) if total else whole
 
     def group_size(self, collective: Instruction) -> int:
         """The number of devices in one group of a collective.

@@ -1,7 +1,9 @@
 """Compiles the step of an experiment for devices that this machine does not have."""
 
+import functools
 import tempfile
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -65,13 +67,22 @@ def compile_step(plan: Experiment):
     """
     arguments = make_abstract(plan)
     shardings = jax.tree.map(lambda x: x.sharding, arguments[0])
-    start = time.perf_counter()
     with plan.parallel.use():
         lowered = step.jit_update(plan, shardings).lower(*arguments)
+    return compile_lowered(lowered, functools.partial(too_large, plan))
+
+
+def compile_lowered(lowered: jax.stages.Lowered, too_large: Callable[[str], str]):
+    """Compiles a program; returns (compiled program, seconds).
+
+    If a chip's memory is too small, it raises a MemoryError with the line that `too_large` makes of
+    the compiler's message.
+    """
+    start = time.perf_counter()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise MemoryError(too_large(plan, str(error))) from None
+        raise MemoryError(too_large(str(error))) from None
     return compiled, time.perf_counter() - start

@@ -33,17 +33,24 @@ def too_large(plan: Experiment, message: str) -> str:
         (True, "more chips"),
     ]
     advice = next(text for applies, text in remedies if applies)
-    short = " ".join(message.split())[:200]
     if "vmem" in message.lower():  # VMEM: the memory that a kernel uses inside the chip
-        return f'a kernel does not fit the chip ({short}): try model.attention="xla"'
+        advice = 'model.attention="xla"'
+    return out_of_memory("the step", message, advice)
+
+
+def out_of_memory(what: str, message: str, advice: str) -> str:
+    """Returns the compiler's out-of-memory error in one line, with an advice."""
+    short = " ".join(message.split())[:200]
+    if "vmem" in message.lower():
+        return f"a kernel does not fit the chip ({short}): try {advice}"
     # In the message "The total memory required for HLO temporaries (18.21G)" the number includes
     # the arguments. We saw this by compiling programs that consist of arguments only.
     sizes = re.findall(r"([\d.]+)([GM])", message)
     gib = [float(number) / (1024 if unit == "M" else 1) for number, unit in sizes]
     if len(gib) < 2:
-        return f"the step does not fit a chip's memory ({short}): try {advice}"
+        return f"{what} does not fit a chip's memory ({short}): try {advice}"
     return (
-        f"the step needs {gib[0]:.2f} GiB on a chip that has {gib[1]:.2f}, "
+        f"{what} needs {gib[0]:.2f} GiB on a chip that has {gib[1]:.2f}, "
         f"{gib[0] - gib[1]:.2f} too many: try {advice}"
     )
 
