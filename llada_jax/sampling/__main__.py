@@ -93,22 +93,11 @@ def main(args: argparse.Namespace):
         return
 
     mesh = _mesh(args)
-    shardings = None
-    if mesh is not None:
-        boxed = models.boxed_shapes(loading.read_config(args.model))
-        shardings = mesh_lib.shardings(mesh, boxed)
-    logits_fn, config, tokenizer = loading.open_model(
-        args.model, args.dtype, args.quantize, shardings
-    )
+    logits_fn, config, tokenizer = _open(args, mesh)
     special = loading.special_ids(config, tokenizer)
     missing = [i for i in range(len(prompts)) if i not in lines]
     ids = [_encode(tokenizer, prompts[i], args.template) for i in missing]
-    longest = max(map(len, ids)) + args.gen_length
-    if longest > config.max_sequence_length:
-        raise ValueError(
-            f"the longest prompt and gen_length={args.gen_length} are {longest} tokens, the model "
-            f"takes {config.max_sequence_length}: lower --gen_length or shorten the prompt"
-        )
+    _check_room(max(map(len, ids)), args.gen_length, config.max_sequence_length)
 
     def text_of(tokens) -> str:
         return tokenizer.decode(trim(tokens, special["eos_id"], special["eot_id"]))
@@ -158,6 +147,23 @@ def _mesh(args: argparse.Namespace):
             "devices / --tensor"
         )
     return mesh
+
+
+def _open(args: argparse.Namespace, mesh):
+    """(logits_fn, config, tokenizer) of the model, split over a mesh if there is one."""
+    shardings = None
+    if mesh is not None:
+        boxed = models.boxed_shapes(loading.read_config(args.model))
+        shardings = mesh_lib.shardings(mesh, boxed)
+    return loading.open_model(args.model, args.dtype, args.quantize, shardings)
+
+
+def _check_room(prompt: int, gen_length: int, most: int):
+    if prompt + gen_length > most:
+        raise ValueError(
+            f"the longest prompt and gen_length={gen_length} are {prompt + gen_length} tokens, the "
+            f"model takes {most}: lower --gen_length or shorten the prompt"
+        )
 
 
 def _before(text: str, stops: list[str]) -> str:
