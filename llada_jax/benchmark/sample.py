@@ -11,6 +11,7 @@ import functools
 import itertools
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -63,13 +64,15 @@ class Times:
     """What one sampler did in a case, turn by turn."""
 
     seconds: list[float] = dataclasses.field(default_factory=list)  # of a call
+    processor: list[float] = dataclasses.field(default_factory=list)  # of its threads together
     first_block: list[float] = dataclasses.field(default_factory=list)  # until it is filled
     passes: int = 0  # forward passes of the batch in a call
     tokens: Any = None  # [b, l], prompts first
 
-    def add(self, seconds: float, first_block: float, passes: int, tokens) -> None:
+    def add(self, seconds: float, processor: float, first_block: float, passes: int, tokens):
         """Adds a turn. At temperature 0 all turns write the same tokens in the same passes."""
         self.seconds.append(seconds)
+        self.processor.append(processor)
         self.first_block.append(first_block)
         self.passes, self.tokens = passes, np.asarray(tokens)
 
@@ -258,15 +261,20 @@ def compile_cases(cases: list[Case], args, logits_fn, config) -> list[Program]:
     return programs
 
 
+def timed(call: Callable) -> tuple[Any, float, float]:
+    """Returns (the result of a call, its seconds, the processor seconds of this process)."""
+    began, used = time.perf_counter(), time.process_time()
+    result = call()
+    return result, time.perf_counter() - began, time.process_time() - used
+
+
 def time_ours(program: Program, logits_fn) -> None:
     """Times one call, and one stream until the first block is filled."""
-    began = time.perf_counter()
-    trace = sampling.generate(logits_fn, program.prompts, trace=True, **program.settings)
-    jax.block_until_ready(trace)
-    seconds = time.perf_counter() - began
+    call = functools.partial(sampling.generate, logits_fn, program.prompts, trace=True)
+    trace, *seconds = timed(lambda: jax.block_until_ready(call(**program.settings)))
     first = first_block_of(logits_fn, program.prompts, program.settings)
     passes = int(trace.passes)
-    program.ours.add(seconds, first, passes, trace.tokens)
+    program.ours.add(*seconds, first, passes, trace.tokens)
     block_length, steps = program.settings["block_length"], np.asarray(trace.steps)
     program.positions = positions_of(program.case, block_length, steps, passes)
 
@@ -275,10 +283,9 @@ def time_torch(program: Program, torch_sampling, model) -> None:
     """Times one call of the PyTorch loop."""
     names = ("mask_id", "gen_length", "block_length", "cache", "steps", "threshold")
     settings = {name: value for name, value in program.settings.items() if name in names}
-    began = time.perf_counter()
-    written = torch_sampling.generate(model, program.prompts, **settings)
-    seconds = time.perf_counter() - began
-    program.theirs.add(seconds, written.block_seconds[0], written.passes, written.tokens)
+    call = functools.partial(torch_sampling.generate, model, program.prompts, **settings)
+    written, *seconds = timed(call)
+    program.theirs.add(*seconds, written.block_seconds[0], written.passes, written.tokens)
 
 
 def time_turns(programs: list[Program], repeats: int, logits_fn, torch_sampling, weights) -> None:
@@ -335,6 +342,7 @@ def rates(times: Times, case: Case) -> dict[str, Any]:
         "tokens_per_second": case.batch * case.gen_length / seconds,
         "seconds": seconds,
         "seconds_all": times.seconds,
+        "processor_seconds": statistics.median(times.processor),
         "first_block_seconds": statistics.median(times.first_block),
         "first_block_seconds_all": times.first_block,
         "passes": times.passes,
@@ -342,14 +350,22 @@ def rates(times: Times, case: Case) -> dict[str, Any]:
 
 
 def ratio(slow: Times, fast: Times) -> dict[str, float]:
-    """How many times as fast `fast` is: by the medians, and the lowest and highest of a turn."""
+    """How many times as fast `fast` is: by the medians, and the lowest and highest of a turn.
+
+    "processor" is the ratio of the median processor seconds, which hardly depends on what else a
+    machine does. It has a meaning on a CPU only.
+    """
     turns = [a / b for a, b in zip(slow.seconds, fast.seconds, strict=True)]
-    medians = statistics.median(slow.seconds) / statistics.median(fast.seconds)
-    return {"median": medians, "low": min(turns), "high": max(turns)}
+    medians, processor = (
+        statistics.median(getattr(slow, name)) / statistics.median(getattr(fast, name))
+        for name in ("seconds", "processor")
+    )
+    return {"median": medians, "low": min(turns), "high": max(turns), "processor": processor}
 
 
-# "MiB" is what the compiler planned. "by FLOPs" is the ratio to no cache that the FLOPs of the
-# published loops give, and "reached" how much of it was measured.
+# "MiB" is what the compiler planned. A ratio is that of the medians, with the lowest and highest
+# turn, and on a CPU that of the processor seconds. "by FLOPs" is the ratio to no cache that the
+# FLOPs of the published loops give, and "reached" how much of it was measured.
 _COLUMNS = (
     "prompt", "length", "batch", "rule", "cache", "tokens/s", "passes/token", "first block s",
     "MiB", "GFLOP/token", "x none", "by FLOPs", "reached", "PyTorch tokens/s", "x PyTorch",
@@ -361,7 +377,10 @@ def table(results: list[dict]) -> str:
     """The table that the command prints."""
 
     def spread(ratio: dict | None) -> str:
-        return "{median:.2f} ({low:.2f}-{high:.2f})".format(**ratio) if ratio else ""
+        shown = "{median:.2f} ({low:.2f}-{high:.2f})"
+        if jax.default_backend() == "cpu":
+            shown += " {processor:.2f}"
+        return shown.format(**ratio) if ratio else ""
 
     def number(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
