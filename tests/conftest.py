@@ -27,6 +27,17 @@ def eight_devices():
     assert len(jax.devices()) == 8, "the tests need eight forced CPU devices"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_file():
+    """Frees the compiled programs of a file of tests.
+
+    Those of all files together need more memory maps than Linux gives a process, and the compiler
+    then ends with a segmentation fault.
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def shared():
     """The folder of golden outputs and real data beside the checkout, where it is there."""

@@ -27,6 +27,8 @@ from llada_jax.train import cost
 
 ARCH = dict(d_model=32, n_heads=2, n_layers=1, mlp_hidden_size=64, vocab_size=60, mask_token_id=59)
 
+SLOW = pytest.mark.slow
+
 
 def load_torch_loop():
     pytest.importorskip("torch", reason="PyTorch (the extra benchmark) is not installed")
@@ -52,9 +54,9 @@ def tiny(objective="vrpo", **settings):
 @pytest.mark.parametrize(
     "objective, changes",
     [
-        ("vrpo", {"vrpo.reference": "model", "vrpo.mc_chunk": 1}),
+        pytest.param("vrpo", {"vrpo.reference": "model", "vrpo.mc_chunk": 1}, marks=SLOW),
         ("vrpo", {"vrpo.reference": "cached"}),
-        ("sft", {}),
+        pytest.param("sft", {}, marks=SLOW),
     ],
     ids=["vrpo-model", "vrpo-cached", "sft"],
 )

@@ -81,7 +81,10 @@ def test_estimates_have_the_exact_elbo_as_mean(settings):
     assert abs(found.mean() - exact_elbo()) < 4 * error
 
 
-@pytest.mark.parametrize("times, batch_sizes", [("systematic", (3, 40)), ("official", (4, 4))])
+@pytest.mark.parametrize(
+    "times, batch_sizes",
+    [("systematic", (3, 40)), pytest.param("official", (4, 4), marks=pytest.mark.slow)],
+)
 def test_a_request_has_the_same_value_in_any_packing(model, times, batch_sizes):
     # Two requests in a row; one in each row; and one alone, which no packing knows of.
     logits_fn = {"systematic": toy, "official": model}[times]
@@ -174,6 +177,7 @@ def test_tokens_of_one_step_do_not_see_each_other():
     assert pairs == pytest.approx(first[1] + first[2] + then[0] + then[3], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_commits_of_the_sampler_have_the_likelihood_of_their_confidences(model):
     # Second route: the sampler's own trace. It commits two tokens in each pass.
     trace = sampling.generate(
@@ -198,6 +202,7 @@ def test_guidance_is_that_of_the_combined_logits():
         assert found == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_greedy_answers_are_those_that_the_sampler_writes(model):
     prompts = [[1, 2], [5, 6]]
     written = sampling.generate(

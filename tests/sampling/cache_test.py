@@ -31,7 +31,7 @@ def padded_prompts():
     "cache, settings",
     [
         ("dual", THRESHOLD),
-        ("prefix", dict(cfg_scale=0.5)),
+        pytest.param("prefix", dict(cfg_scale=0.5), marks=pytest.mark.slow),
         pytest.param("dual", dict(cfg_scale=0.5), marks=pytest.mark.slow),
         pytest.param("prefix", THRESHOLD, marks=pytest.mark.slow),
         ("delayed", THRESHOLD),
