@@ -22,8 +22,9 @@ def draw(curves: dict[tuple[str, str], list[dict]], areas: dict[tuple[str, str],
     color = {rule: colors[k % len(colors)] for k, rule in enumerate(rules)}
     plot = figure.Figure(figsize=(0.5 + 5.2 * len(caches), 4.6), layout="constrained")
     panels = plot.subplots(1, len(caches), sharey=True, squeeze=False)[0]
-    most = max(point["tokens_per_pass"] for curve in curves.values() for point in curve)
-    top = 100 * max(point["accuracy"] for curve in curves.values() for point in curve)
+    points = [point for curve in curves.values() for point in curve]
+    least, most = (f(point["tokens_per_pass"] for point in points) for f in (min, max))
+    top = 100 * max(point["accuracy"] for point in points)
     for panel, cache in zip(panels, caches, strict=True):
         ends = {}
         for rule in rules:
@@ -47,9 +48,9 @@ def draw(curves: dict[tuple[str, str], list[dict]], areas: dict[tuple[str, str],
                 arrowprops={"arrowstyle": "-", "color": color[rule], "lw": 0.5, "alpha": 0.6},
             )
         panel.set(title=f"cache: {cache}", xlabel="tokens per forward pass", xscale="log")
-        ticks = [2**k for k in range(int(np.log2(most)) + 1)]
-        panel.set_xticks(ticks, [str(tick) for tick in ticks])
-        panel.set_xlim(0.9, most * 3.2)
+        ticks = [2.0**k for k in range(int(np.ceil(np.log2(least))), int(np.log2(most)) + 1)]
+        panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        panel.set_xlim(0.9 * least, 3.2 * most)
         panel.set_ylim(-0.03 * top, 1.08 * top)
         panel.minorticks_off()
         panel.grid(alpha=0.3)
