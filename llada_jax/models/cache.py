@@ -59,27 +59,29 @@ class KeyValues:
         return dataclasses.replace(self, keys=keys, values=values, layer=self.layer + 1), *here
 
     def _write(self, kept, fresh):
-        # Always in place: the loops over layers and passes carry the buffer.
-        fresh = fresh.astype(kept.dtype)
-        writes = None if self.writes is None else self.writes[:, None, :, None]
-        rows = jnp.arange(fresh.shape[0])
-        if self.places is not None and not self.contiguous:
-            places = self.places
-            if self.writes is not None:
-                places = jnp.where(self.writes, places, kept.shape[3])
-            return kept.at[self.layer, rows[:, None], :, places].set(fresh, mode="drop")
-        fresh = jnp.swapaxes(fresh, 1, 2)
+        # Always in place: the loops over layers and passes carry the buffer. It is sliced by layers
+        # and rows alone: for other slices, XLA for TPU copies all of it to another layout.
+        fresh = jnp.swapaxes(fresh.astype(kept.dtype), 1, 2)
+        if self.places is not None and self.writes is None and self.contiguous:
+            rows = jnp.arange(fresh.shape[0])
+            at = jnp.stack([jnp.full_like(rows, self.layer), rows, self.places[:, 0]], 1)
+            scatter = jax.lax.ScatterDimensionNumbers((1, 2, 3), (0, 1), (0, 1, 3))
+            return jax.lax.scatter(
+                kept, at, fresh, scatter, indices_are_sorted=True, unique_indices=True, mode="clip"
+            )
+        if self.places is not None or self.writes is not None:
+            old = jax.lax.dynamic_index_in_dim(kept, self.layer, keepdims=False)
+            fresh = self._among(old, fresh)
+        return jax.lax.dynamic_update_index_in_dim(kept, fresh, self.layer, 0)
+
+    def _among(self, old: Float[Array, "b k l d"], fresh: Float[Array, "b k w d"]):
+        """A layer in which the fresh positions that are written replace the old ones."""
+        written = True if self.writes is None else self.writes[:, None, :]
         if self.places is None:
-            if writes is not None:
-                old = jax.lax.dynamic_index_in_dim(kept, self.layer, keepdims=False)
-                fresh = jnp.where(writes, fresh, old)
-            return jax.lax.dynamic_update_index_in_dim(kept, fresh, self.layer, 0)
-        at = jnp.stack([jnp.full_like(rows, self.layer), rows, self.places[:, 0]], 1)
-        if writes is not None:
-            gather = jax.lax.GatherDimensionNumbers((1, 2, 3), (0, 1), (0, 1, 3))
-            old = jax.lax.gather(kept, at, gather, (1, 1, *fresh.shape[1:]), mode="clip")
-            fresh = jnp.where(writes, fresh, old)
-        scatter = jax.lax.ScatterDimensionNumbers((1, 2, 3), (0, 1), (0, 1, 3))
-        return jax.lax.scatter(
-            kept, at, fresh, scatter, indices_are_sorted=True, unique_indices=True, mode="clip"
-        )
+            written = jnp.swapaxes(written, 1, 2)
+        else:
+            # [b, l, w]: a lookup for each position, since TPUs scatter one position at a time.
+            source = (self.places[:, None, :] == jnp.arange(old.shape[2])[:, None]) & written
+            fresh = jnp.take_along_axis(fresh, jnp.argmax(source, -1)[:, None, :, None], 2)
+            written = jnp.any(source, -1, keepdims=True)
+        return jnp.where(written[:, None], fresh, old)

@@ -244,6 +244,17 @@ def test_the_compiled_loop_of_llada_8b(name, batch_size, mesh, quantize):
 
 
 @pytest.mark.slow
+def test_a_window_that_keeps_some_of_its_positions_does_not_copy_the_cache():
+    settings = dict(cache="prefix", commit="threshold", threshold=0.9)
+    pytest.importorskip("libtpu", reason="the TPU compiler is not installed (pip install libtpu)")
+    devices, chip = target.topology("v6e:1x1")
+    lengths = dict(batch_size=2, prompt_length=704, gen_length=64, block_length=32)
+    sampler = sample.sampler_of(plan_for(config_of(), devices), **lengths, **settings)
+    found = passes.report(sampler, "v6e:1x1", chip, *sample.compile_sampler(sampler), None)
+    assert found["cache_copies"] == 0
+
+
+@pytest.mark.slow
 def test_a_sampler_that_does_not_fit_is_one_line():
     pytest.importorskip("libtpu", reason="the TPU compiler is not installed (pip install libtpu)")
     plan = plan_for(config_of(), target.topology("v5e:1x1")[0])

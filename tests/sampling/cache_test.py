@@ -16,7 +16,7 @@ from llada_jax.models.llada import LLaDA
 
 THRESHOLD = dict(commit="threshold", threshold=0.5)
 PARTS = dict(refresh=4, refresh_prompt=8, transfer_ratio=0.25)
-WINO = dict(commit="wino", threshold=0.05, revoke="wino", threshold_back=0.9)
+WINO = dict(commit="wino", threshold=0.1, revoke="wino", threshold_back=0.9)
 
 
 def padded_prompts():
@@ -35,9 +35,9 @@ def padded_prompts():
         pytest.param("dual", dict(cfg_scale=0.5), marks=pytest.mark.slow),
         pytest.param("prefix", THRESHOLD, marks=pytest.mark.slow),
         ("delayed", THRESHOLD),
-        pytest.param("dual", WINO, marks=pytest.mark.slow),
-        pytest.param("prefix", WINO, marks=pytest.mark.slow),
-        pytest.param("delayed", WINO, marks=pytest.mark.slow),
+        pytest.param("dual", dict(WINO, block_length=16), marks=pytest.mark.slow),
+        pytest.param("prefix", dict(WINO, block_length=16), marks=pytest.mark.slow),
+        pytest.param("delayed", dict(WINO, block_length=16), marks=pytest.mark.slow),
         ("selective", dict(cfg_scale=0.5, refresh_prompt=1, transfer_ratio=0.5)),
     ],
 )
