@@ -244,14 +244,26 @@ def test_the_compiled_loop_of_llada_8b(name, batch_size, mesh, quantize):
 
 
 @pytest.mark.slow
-def test_a_window_that_keeps_some_of_its_positions_does_not_copy_the_cache():
-    settings = dict(cache="prefix", commit="threshold", threshold=0.9)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(cache="prefix", commit="threshold", threshold=0.9),
+        dict(cache="delayed", steps=64),
+        dict(cache="dual", commit="wino", revoke="wino", threshold=0.6, threshold_back=0.9),
+    ],
+    ids=["prefix", "delayed", "wino"],
+)
+def test_no_rule_copies_the_cache(settings):
+    """Windows that keep some of their positions, scattered ones, and those with a shadow."""
     pytest.importorskip("libtpu", reason="the TPU compiler is not installed (pip install libtpu)")
     devices, chip = target.topology("v6e:1x1")
     lengths = dict(batch_size=2, prompt_length=704, gen_length=64, block_length=32)
     sampler = sample.sampler_of(plan_for(config_of(), devices), **lengths, **settings)
     found = passes.report(sampler, "v6e:1x1", chip, *sample.compile_sampler(sampler), None)
     assert found["cache_copies"] == 0
+    # Of the cache, a pass reads and writes some copies of a layer, not of all layers.
+    most = found["weight_bytes"] + 5 * found["memory"]["cache"]
+    assert all(one["hbm_bytes"] < most for one in found["passes"][1:])
 
 
 @pytest.mark.slow
