@@ -138,11 +138,7 @@ def _encode(
 def parser() -> cli.Parser:
     """Returns the parser of the command's flags."""
     parser = cli.Parser("pairs", __doc__)
-    parser.add_argument(
-        "--model",
-        required=True,
-        help="Hugging Face style folder, workdir, or workdir/checkpoints/N",
-    )
+    loading.add_flags(parser)
     parser.add_argument(
         "--prompts", required=True, help="jsonl:FILES, tfds:NAME or python:module:function"
     )
@@ -158,9 +154,6 @@ def parser() -> cli.Parser:
     parser.add_argument("--batch_size", type=int, default=32, help="responses sampled at once")
     parser.add_argument("--limit", type=int, default=0, help="use so many prompts; 0 for all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--dtype", help="cast the parameters to it, as bfloat16; default: as stored"
-    )
     sampling.add_flags(parser)
     parser.set_defaults(temperature=1.0)
     return parser
@@ -176,7 +169,7 @@ def main(args: argparse.Namespace):
     records = list(itertools.islice(read_records(args.prompts, "prompt"), args.limit or None))
     if not records:
         raise ValueError(f"--prompts={args.prompts} holds no records")
-    logits_fn, config, tokenizer = loading.open_model(args.model, args.dtype)
+    logits_fn, config, tokenizer = loading.open_model(args.model, args.dtype, args.quantize)
     with metrics.Progress(len(records) * args.samples, unit="sample", show=()) as progress:
         pairs, counts = make_pairs(
             logits_fn,

@@ -15,7 +15,6 @@ from llada_jax.chat.screen import Plain, Terminal, open_screen
 from llada_jax.chat.session import Session
 from llada_jax.checkpoints import loading
 from llada_jax.files import write_whole
-from llada_jax.models import quantized
 from llada_jax.sampling.flags import add_flags
 
 COMMANDS = {
@@ -40,20 +39,12 @@ New tokens are bold, dots are masks."""
 def parser() -> cli.Parser:
     """Returns the parser of the command's flags."""
     parser = cli.Parser("chat", __doc__)
-    parser.add_argument(
-        "--model",
-        required=True,
-        help="Hugging Face style folder, workdir, or workdir/checkpoints/N",
-    )
+    loading.add_flags(parser)
     parser.add_argument(
         "--template",
         choices=("chat", "plain"),
         default="chat",
         help="plain: BOS and the text, a transcript from the second turn on",
-    )
-    parser.add_argument("--dtype", help="cast the parameters, as to bfloat16; default: as stored")
-    parser.add_argument(
-        "--quantize", choices=quantized.KINDS, help="the weights of layers and head in 8 bits"
     )
     parser.add_argument("--seed", type=int, default=0)
     add_flags(parser)

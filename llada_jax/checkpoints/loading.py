@@ -1,5 +1,6 @@
 """Opens a model from a Hugging Face style folder or from one of our training checkpoints."""
 
+import argparse
 import functools
 import json
 from typing import Any
@@ -99,6 +100,19 @@ def home_of(path: epath.Path) -> epath.Path | None:
     absolute = path if is_remote(path) else path.absolute()
     is_step = path.name.isdigit() and absolute.parent.name == "checkpoints"
     return absolute.parent.parent / "model" if is_step else None
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of a model that is sampled from: those of `open_model`."""
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="Hugging Face style folder, workdir, or workdir/checkpoints/N",
+    )
+    parser.add_argument("--dtype", help="cast the parameters, as to bfloat16; default: as stored")
+    parser.add_argument(
+        "--quantize", choices=quantized.KINDS, help="the weights of layers and head in 8 bits"
+    )
 
 
 def open_model(path: str, dtype=None, quantize: str | None = None, shardings=None):

@@ -16,21 +16,14 @@ def parser() -> cli.Parser:
     parser = cli.Parser("evaluate", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     of_passes = commands.add_parser("passes", help="accuracy and passes of every rule, as curves")
-    of_passes.add_argument(
-        "--model",
-        required=True,
-        help="Hugging Face style folder, workdir, or workdir/checkpoints/N",
-    )
-    of_passes.add_argument(
-        "--dtype", help="cast the parameters, as to bfloat16; default: as stored"
-    )
+    loading.add_flags(of_passes)
     passes.add_flags(of_passes)
     return parser
 
 
 def main(args: argparse.Namespace):
     """Runs the command."""
-    logits_fn, config, tokenizer = loading.open_model(args.model, args.dtype)
+    logits_fn, config, tokenizer = loading.open_model(args.model, args.dtype, args.quantize)
     special = loading.special_ids(config, tokenizer)
     passes.run(args, logits_fn, tokenizer, special, config.max_sequence_length)
 

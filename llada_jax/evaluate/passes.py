@@ -254,7 +254,8 @@ def run(args: argparse.Namespace, logits_fn, tokenizer, special: dict, longest: 
             f"the longest prompt and --gen_length={args.gen_length} are {needed} tokens, the model"
             f" takes {longest}: lower it"
         )
-    names = ("model", "dtype", "task", "records", "template", "gen_length", "block_length")
+    names = ("model", "dtype", "quantize", "task", "records", "template")
+    names += ("gen_length", "block_length")
     about = {name: getattr(args, name) for name in names}
     out = pathlib.Path(args.out).expanduser()
     out.mkdir(parents=True, exist_ok=True)

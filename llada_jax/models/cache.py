@@ -1,18 +1,13 @@
 """Keys and values that a model keeps between passes over the same text."""
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int
-
-if TYPE_CHECKING:
-    Array = jax.Array
-else:
-    Array = jax.Array | jax.ShapeDtypeStruct  # the sampler also computes with shapes
+from jaxtyping import Array, Bool, Float, Int
 
 
 @flax.struct.dataclass
@@ -22,16 +17,17 @@ class KeyValues:
     Heads come before positions: in this order the attention of TPUs reads them, so that no pass
     copies them to another layout.
     The tokens of a pass stand at `places` of the text (None: at all of them, in order). Their keys
-    and values are written where `writes` is true (None: everywhere).
+    and values are written where `writes` is true. Without `writes` all are, and the places of a row
+    are s, s + 1, ...
+
+    The types say `| Any` because the same tree may also hold shapes.
     """
 
-    keys: Float[Array, "n b k l d"]
-    values: Float[Array, "n b k l d"]
-    layer: Int[Array, ""]  # the next layer to write
-    places: Int[Array, "b w"] | None = None
-    writes: Bool[Array, "b w"] | None = None
-    # Whether the places of a row are s, s + 1, ...: then one slice a row is written.
-    contiguous: bool = flax.struct.field(pytree_node=False, default=True)
+    keys: Float[Array, "n b k l d"] | Any
+    values: Float[Array, "n b k l d"] | Any
+    layer: Int[Array, ""] | Any  # the next layer to write
+    places: Int[Array, "b w"] | Any | None = None
+    writes: Bool[Array, "b w"] | Any | None = None
 
     @classmethod
     def zeros(cls, shape: tuple[int, ...], dtype) -> "KeyValues":
@@ -44,12 +40,9 @@ class KeyValues:
         self,
         places: Int[Array, "b w"] | None = None,
         writes: Bool[Array, "b w"] | None = None,
-        contiguous: bool = True,
     ) -> "KeyValues":
         """The same keys and values, for a pass over tokens that stand at `places`."""
-        return dataclasses.replace(
-            self, places=places, writes=writes, contiguous=contiguous, layer=jnp.int32(0)
-        )
+        return dataclasses.replace(self, places=places, writes=writes, layer=jnp.int32(0))
 
     def put(self, key: Float[Array, "b w k d"], value: Float[Array, "b w k d"]):
         """Writes a layer; returns the cache for the next, and the layer's keys and values."""
@@ -62,26 +55,22 @@ class KeyValues:
         # Always in place: the loops over layers and passes carry the buffer. It is sliced by layers
         # and rows alone: for other slices, XLA for TPU copies all of it to another layout.
         fresh = jnp.swapaxes(fresh.astype(kept.dtype), 1, 2)
-        if self.places is not None and self.writes is None and self.contiguous:
+        if self.writes is not None:
+            old = jax.lax.dynamic_index_in_dim(kept, self.layer, keepdims=False)
+            fresh = self._among(old, fresh)
+        elif self.places is not None:
             rows = jnp.arange(fresh.shape[0])
             at = jnp.stack([jnp.full_like(rows, self.layer), rows, self.places[:, 0]], 1)
             scatter = jax.lax.ScatterDimensionNumbers((1, 2, 3), (0, 1), (0, 1, 3))
             return jax.lax.scatter(
                 kept, at, fresh, scatter, indices_are_sorted=True, unique_indices=True, mode="clip"
             )
-        if self.places is not None or self.writes is not None:
-            old = jax.lax.dynamic_index_in_dim(kept, self.layer, keepdims=False)
-            fresh = self._among(old, fresh)
         return jax.lax.dynamic_update_index_in_dim(kept, fresh, self.layer, 0)
 
     def _among(self, old: Float[Array, "b k l d"], fresh: Float[Array, "b k w d"]):
         """A layer in which the fresh positions that are written replace the old ones."""
-        written = True if self.writes is None else self.writes[:, None, :]
-        if self.places is None:
-            written = jnp.swapaxes(written, 1, 2)
-        else:
-            # [b, l, w]: a lookup for each position, since TPUs scatter one position at a time.
-            source = (self.places[:, None, :] == jnp.arange(old.shape[2])[:, None]) & written
-            fresh = jnp.take_along_axis(fresh, jnp.argmax(source, -1)[:, None, :, None], 2)
-            written = jnp.any(source, -1, keepdims=True)
-        return jnp.where(written[:, None], fresh, old)
+        # [b, l, w]: a lookup for each position, since TPUs scatter one position at a time.
+        source = self.places[:, None, :] == jnp.arange(old.shape[2])[:, None]
+        source &= self.writes[:, None, :]
+        fresh = jnp.take_along_axis(fresh, jnp.argmax(source, -1)[:, None, :, None], 2)
+        return jnp.where(jnp.any(source, -1)[:, None, :, None], fresh, old)

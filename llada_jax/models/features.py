@@ -8,31 +8,29 @@ Source: dLLM-Cache, arXiv:2506.06295, as in its published code.
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int
-
-if TYPE_CHECKING:
-    Array = jax.Array
-else:
-    Array = jax.Array | jax.ShapeDtypeStruct  # the sampler also computes with shapes
+from jaxtyping import Array, Bool, Float, Int
 
 
 @flax.struct.dataclass
 class Features:
-    """Rotated keys, values and outputs of all layers, and what the next pass computes."""
+    """Rotated keys, values and outputs of all layers, and what the next pass computes.
 
-    keys: Float[Array, "n b l k d"]
-    values: Float[Array, "n b l k d"]
-    attention: Float[Array, "n b l e"]  # output of attention, after its projection
-    mlp: Float[Array, "n b l e"]
+    The types say `| Any` because the same tree may also hold shapes.
+    """
 
-    rows_prompt: Bool[Array, " b"]  # rows whose prompt is computed anew
-    rows_response: Bool[Array, " b"]
-    chosen: Int[Array, " b"]  # positions of the response that are computed in the other rows
+    keys: Float[Array, "n b l k d"] | Any
+    values: Float[Array, "n b l k d"] | Any
+    attention: Float[Array, "n b l e"] | Any  # output of attention, after its projection
+    mlp: Float[Array, "n b l e"] | Any
+
+    rows_prompt: Bool[Array, " b"] | Any  # rows whose prompt is computed anew
+    rows_response: Bool[Array, " b"] | Any
+    chosen: Int[Array, " b"] | Any  # positions of the response that are computed in the other rows
     # Whether any row is, where the response begins, and the most positions chosen.
     prompt: bool = flax.struct.field(pytree_node=False, default=True)
     response: bool = flax.struct.field(pytree_node=False, default=True)

@@ -24,7 +24,6 @@ from llada_jax.checkpoints import loading
 from llada_jax.data.records import read_records
 from llada_jax.data.templates import encode_prompt
 from llada_jax.files import is_remote, write_whole
-from llada_jax.models import quantized
 from llada_jax.parallel import mesh as mesh_lib
 from llada_jax.sampling import picture
 from llada_jax.sampling.flags import add_flags, settings_of
@@ -36,11 +35,7 @@ TEMPLATES = ("chat", "plain", "raw")
 def parser() -> cli.Parser:
     """Returns the parser of the command's flags."""
     parser = cli.Parser("sampling", __doc__)
-    parser.add_argument(
-        "--model",
-        required=True,
-        help="Hugging Face style folder, workdir, or workdir/checkpoints/N",
-    )
+    loading.add_flags(parser)
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", action="append", help="give it again for more prompts")
     prompts.add_argument(
@@ -60,10 +55,6 @@ def parser() -> cli.Parser:
     )
     parser.add_argument(
         "--stop", action="append", default=[], help="end a response before this text; repeatable"
-    )
-    parser.add_argument("--dtype", help="cast the parameters, as to bfloat16; default: as stored")
-    parser.add_argument(
-        "--quantize", choices=quantized.KINDS, help="the weights of layers and head in 8 bits"
     )
     parser.add_argument(
         "--fsdp",

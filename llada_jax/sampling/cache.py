@@ -69,12 +69,13 @@ class Cache:
     kind: str = "windows"  # the methods that it asks of a model
     full_passes: int = 1  # at the beginning of a block
     needs: tuple[str, ...] = ()  # the settings that must be given
+    takes: tuple[str, ...] = ()  # those that may be given
 
 
 CACHES = {
     "none": Cache(),
-    "prefix": Cache(prefix),
-    "dual": Cache(dual),
-    "delayed": Cache(delayed, full_passes=2),
+    "prefix": Cache(prefix, takes=("refresh",)),
+    "dual": Cache(dual, takes=("refresh",)),
+    "delayed": Cache(delayed, full_passes=2, takes=("refresh",)),
     "selective": Cache(kind="parts", needs=("refresh", "refresh_prompt", "transfer_ratio")),
 }

@@ -92,13 +92,18 @@ def insert(
     source = jnp.where(wants[:, None], source, places)
 
     def moved(x):
-        return jnp.take_along_axis(x, source, 1)
+        return jnp.take_along_axis(x, source.reshape(*source.shape, *[1] * (x.ndim - 2)), 1)
 
+    history = jax.tree.map(moved, rows.history)
+    if history is not None:  # what is new has no past: no prediction is near to nan
+        new = wants[:, None] & (places > at[:, None]) & (places <= (at + added)[:, None])
+        history["logits"] = jnp.where(new[..., None], jnp.nan, history["logits"])
     return rows.replace(
         tokens=moved(rows.tokens),
         given=moved(rows.given),
         score=moved(rows.score),
         steps=moved(rows.steps),
         revocations=moved(rows.revocations),
+        history=history,
         end=jnp.minimum(rows.end + added, longest),
     )

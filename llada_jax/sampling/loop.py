@@ -162,7 +162,7 @@ def _kinds(state: State, s: Settings, block_only: bool):
     """(state -> the kind of the next pass, for each kind: state -> its view)."""
 
     def full(state):
-        wanted = _block(state.rows, s) if block_only else None
+        wanted = state_lib.block_places(state.rows, s) if block_only else None
         return View(state.rows, s, wanted=wanted)
 
     if s.cache == "none":
@@ -170,12 +170,6 @@ def _kinds(state: State, s: Settings, block_only: bool):
     if CACHES[s.cache].kind == "parts":
         return _parts(s, full)
     return _windows(state, s, block_only, full)
-
-
-def _block(rows, s: Settings):
-    """The positions [b, n] of each row's block."""
-    first, _ = state_lib.bounds(rows, s)
-    return first + jnp.arange(s.block_length)
 
 
 def _windows(state: State, s: Settings, block_only: bool, full):
@@ -203,17 +197,17 @@ def _windows(state: State, s: Settings, block_only: bool, full):
 
     def window(state, size):
         rows = state.rows
-        wanted = _block(rows, s)
+        wanted = state_lib.block_places(rows, s)
         if windows.starts is None:
             needed = ~rows.before | state_lib.is_open(rows, s)
             order = jnp.argsort(~needed, axis=1, stable=True)[:, :size]
             writes = jnp.take_along_axis(needed, order, 1)
-            return View(rows, s, order, writes, contiguous=False, wanted=wanted)
+            return View(rows, s, order, writes, wanted)
         block = jnp.minimum(rows.block, blocks - 1)
         first = jnp.asarray(windows.starts, jnp.int32)[block]
         fed = jnp.minimum(first, length - size)[:, None] + jnp.arange(size)
         writes = None if size == s.block_length else fed >= wanted[:, :1]
-        return View(rows, s, fed, writes, wanted=wanted)
+        return View(rows, s, fed, writes, wanted)
 
     return kind, [full, *(functools.partial(window, size=size) for size in windows.sizes)]
 

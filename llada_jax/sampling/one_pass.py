@@ -36,12 +36,12 @@ def one_pass(state: State, view: View, given: Given, block_only: bool) -> State:
     logits, shadow, cache = view.logits(given.logits_fn, state.cache)
     found = _predict(rows, logits, view, given)
     chosen, history = _choose(rows, found, view, block_only)
-    new = _commit(rows, found, chosen, view, state.passes + 1)
+    new = _commit(rows, found, chosen, view, state.passes + 1).replace(history=history)
     if s.revoke != "none":
         new = _revoke(rows, new, shadow, s)
     if s.growth is not None:
         new = _grow(rows, new, found, logits, s)
-    new = new.replace(history=history, before=rows.tokens != s.mask_id)
+    new = new.replace(before=rows.tokens != s.mask_id)
     return State(state_lib.advance(new, rows.tokens, s), state.passes + 1, cache)
 
 
@@ -190,8 +190,7 @@ def _commit(rows: Rows, found: Predictions, chosen: Bool[Array, "b t"], view: Vi
 def _revoke(was: Rows, rows: Rows, shadow, s: Settings) -> Rows:
     """The rows after the commits of a pass, with some positions masked again."""
     rule = REVOKES[s.revoke]
-    first, _ = state_lib.bounds(was, s)
-    places = first + jnp.arange(s.block_length)
+    places = state_lib.block_places(was, s)
     in_text = jnp.minimum(places, was.tokens.shape[1] - 1)
 
     def of(x):
@@ -235,8 +234,7 @@ def _grow(was: Rows, rows: Rows, found: Predictions, logits, s: Settings) -> Row
     block &= state_lib.active(was, s)[:, None]
     rows = growth_lib.insert(rows, expected, value, block, growth, s.gen_length, s.mask_id)
     sizing = growth_lib.lengthen(was, expected, growth, s.gen_length, s.eos_id)
-    passes = dict(turn=rows.turn, passes=rows.passes)
-    sizing = sizing.replace(**passes)
-    rows = state_lib.replace_rows(rows, sizing, was.sizing)
-    # Planned anew: a block may have got more masks.
-    return rows.replace(planned=state_lib.count(state_lib.counted(rows, s)))
+    rows = state_lib.replace_rows(rows, sizing.replace(passes=rows.passes), was.sizing)
+    # The last block may have got more masks.
+    block = state_lib.inside(rows, s) & (state_lib.places(rows) < rows.end[:, None])
+    return rows.replace(planned=state_lib.count(block & ~rows.given))

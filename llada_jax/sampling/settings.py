@@ -203,8 +203,7 @@ def _check_numbers(s: Settings) -> None:
             needed = any(name in entry.needs for entry in chosen.values())
             if value is None and name in chosen[kind].needs:
                 raise ValueError(f'{kind}="{getattr(s, kind)}" needs {name}=...')
-            optional = name == "refresh" and chosen["cache"].windows is not None
-            if value is not None and not needed and not optional:
+            if value is not None and not needed and name not in chosen["cache"].takes:
                 raise ValueError(
                     f'{name}={value} has no effect with {kind}="{getattr(s, kind)}": leave it or '
                     "choose the rule that reads it"

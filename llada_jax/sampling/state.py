@@ -5,54 +5,58 @@ So rows may be in different blocks, and a row that is finished can be replaced.
 """
 
 import functools
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from llada_jax.sampling.settings import Settings
 from llada_jax.sampling.unmasking import COMMITS
 
-if TYPE_CHECKING:
-    Array = jax.Array
-else:
-    Array = jax.Array | jax.ShapeDtypeStruct  # the sampler also computes with shapes
-
 
 @flax.struct.dataclass
 class Rows:
-    """The state of all rows between two passes."""
+    """The state of all rows between two passes.
+
+    The types say `| Any` because the same tree may also hold shapes.
+    """
 
     start: int = flax.struct.field(pytree_node=False)  # where the responses begin
     # Whether some positions must not be attended to: padding, or what is beyond the end of a row.
     masked: bool = flax.struct.field(pytree_node=False)
 
-    tokens: Int[Array, "b l"]
-    given: Bool[Array, "b l"]  # no mask at the beginning: masked in the unconditional input
-    real: Bool[Array, "b l"]  # not padding
-    padding: Int[Array, " b"]  # positions before the first real token
-    end: Int[Array, " b"]  # where the text of the row ends
-    row_id: Int[Array, " b"]  # tells the random draws of rows apart
+    tokens: Int[Array, "b l"] | Any
+    given: Bool[Array, "b l"] | Any  # no mask at the beginning: masked in the unconditional input
+    real: Bool[Array, "b l"] | Any  # not padding
+    end: Int[Array, " b"] | Any  # where the text of the row ends
+    row_id: Int[Array, " b"] | Any  # tells the random draws of rows apart
 
-    block: Int[Array, " b"]
-    turn: Int[Array, " b"]  # passes of the row in its block
-    step: Int[Array, " b"]  # those of them that count as steps of the schedule
-    planned: Int[Array, " b"]  # masks that the block is to commit, counted when it begins
-    passes: Int[Array, " b"]  # of the row in all
-    began: Int[Array, " b"]  # the passes of the batch before the row's first
-    sizing: Bool[Array, " b"]  # still looking for its first length: commits nothing
+    block: Int[Array, " b"] | Any
+    turn: Int[Array, " b"] | Any  # passes of the row in its block
+    step: Int[Array, " b"] | Any  # those of them that count as steps of the schedule
+    planned: Int[Array, " b"] | Any  # masks that the block is to commit, counted when it begins
+    passes: Int[Array, " b"] | Any  # of the row in all
+    began: Int[Array, " b"] | Any  # the passes of the batch before the row's first
+    sizing: Bool[Array, " b"] | Any  # still looking for its first length: commits nothing
 
-    committed: Int[Array, " b"]  # in the last pass of the block; a large number before its first
-    revoked: Int[Array, " b"]  # in the last pass: the schedule commits as many in the next
-    revisions: Int[Array, " b"]  # passes of the block that revoked something
-    before: Bool[Array, "b l"]  # no mask before the last pass
+    committed: (
+        Int[Array, " b"] | Any
+    )  # in the last pass of the block; a large number before its first
+    revoked: Int[Array, " b"] | Any  # in the last pass: the schedule commits as many in the next
+    revisions: Int[Array, " b"] | Any  # passes of the block that revoked something
+    before: Bool[Array, "b l"] | Any  # no mask before the last pass
 
-    score: Float[Array, "b l"]  # at the commit; +inf where nothing was committed
-    steps: Int[Array, "b l"]  # the pass, from 1, that committed; 0 given, -1 not yet
-    revocations: Int[Array, "b l"]  # how often the position was masked again
+    score: Float[Array, "b l"] | Any  # at the commit; +inf where nothing was committed
+    steps: Int[Array, "b l"] | Any  # the pass, from 1, that committed; 0 given, -1 not yet
+    revocations: Int[Array, "b l"] | Any  # how often the position was masked again
     history: Any  # what the commit rule remembers of the block's last passes
+
+    @property
+    def padding(self) -> Int[Array, " b"]:
+        """The positions before the first real token."""
+        return jnp.argmax(self.real, 1).astype(jnp.int32)
 
 
 @flax.struct.dataclass
@@ -60,7 +64,7 @@ class State:
     """What a pass takes and returns."""
 
     rows: Rows
-    passes: Int[Array, ""]  # of the batch
+    passes: Int[Array, ""] | Any  # of the batch
     cache: Any  # of the model, or None
 
 
@@ -98,7 +102,6 @@ def begin(inputs: Inputs, s: Settings) -> Rows:
         tokens=tokens,
         given=given,
         real=real,
-        padding=jnp.argmax(real, 1).astype(jnp.int32),
         end=end,
         row_id=row_ids.astype(jnp.int32),
         block=zero,
@@ -149,8 +152,13 @@ def bounds(rows: Rows, s: Settings) -> tuple[Int[Array, "b 1"], Int[Array, "b 1"
     return first[:, None], jnp.where(last, rows.end, first + s.block_length)[:, None]
 
 
+def block_places(rows: Rows, s: Settings) -> Int[Array, "b n"]:
+    """The positions of the block; those of the last one may lie beyond the end."""
+    return bounds(rows, s)[0] + jnp.arange(s.block_length)
+
+
 def inside(rows: Rows, s: Settings) -> Bool[Array, "b l"]:
-    """The positions of the block."""
+    """Which positions are in the block."""
     first, _ = bounds(rows, s)
     return (places(rows) >= first) & (places(rows) < first + s.block_length)
 

@@ -26,8 +26,7 @@ class View:
     rows: Rows
     s: Settings
     fed: Any = None  # [b, w] positions that are fed; None: all
-    writes: Any = None  # [b, w] whose keys and values are kept; None: all
-    contiguous: bool = True  # fed positions of a row are s, s + 1, ...
+    writes: Any = None  # [b, w] whose keys and values are kept; None: all, of s, s + 1, ...
     wanted: Any = None  # [b, t] positions that are predicted; None: all
     parts: Any = None  # of a cache of parts: what its `plan` takes
 
@@ -54,6 +53,11 @@ class View:
             return jnp.broadcast_to(state_lib.places(self.rows), self.rows.tokens.shape)
         return self.wanted
 
+    @property
+    def shadow(self) -> bool:
+        """Whether a shadow is fed, too."""
+        return REVOKES[self.s.revoke].shadow
+
     def _clipped(self):
         return jnp.minimum(self.wanted, self.rows.tokens.shape[1] - 1)
 
@@ -62,10 +66,8 @@ class View:
         rows, s = self.rows, self.s
         tokens, given = self._feed(rows.tokens), self._feed(rows.given)
         mask, positions, at = self._mask(), self._positions(), self._at()
-        fed = tokens.shape
-        shadow = REVOKES[s.revoke].shadow
-        if shadow:
-            extra = jnp.full((fed[0], s.block_length), s.mask_id, jnp.int32)
+        if self.shadow:
+            extra = jnp.full((tokens.shape[0], s.block_length), s.mask_id, jnp.int32)
             tokens = jnp.concatenate([tokens, extra], 1)
             given = jnp.pad(given, ((0, 0), (0, s.block_length)))
         both = s.cfg_scale > 0
@@ -84,8 +86,7 @@ class View:
             if self.parts is not None:
                 cache = cache.plan(**{k: twice(x) for k, x in self.parts.items()})
             else:
-                slots, writes = (twice(x) for x in self._slots(shadow))
-                cache = cache.at(slots, writes, self.contiguous and not shadow)
+                cache = cache.at(*(twice(x) for x in self._slots()))
             kind = CACHES[s.cache].kind
             logits, cache = call_cached(logits_fn, kind, tokens, mask, positions, cache, at)
         _check_vocabulary(logits, (tokens if at is None else at).shape, s)
@@ -93,7 +94,7 @@ class View:
         if both:
             conditional, unconditional = jnp.split(logits, 2)
             logits = unconditional + (s.cfg_scale + 1) * (conditional - unconditional)
-        if not shadow:
+        if not self.shadow:
             return logits, None, cache
         return logits[:, : -s.block_length], logits[:, -s.block_length :], cache
 
@@ -101,35 +102,28 @@ class View:
         """The part [b, w] of an array [b, l] that is fed."""
         return x if self.fed is None else jnp.take_along_axis(x, self.fed, 1)
 
-    def _block(self):
-        """The positions [b, n] of the block, which its shadow stands for."""
-        first, _ = state_lib.bounds(self.rows, self.s)
-        return first + jnp.arange(self.s.block_length)
-
     def _positions(self):
         """The RoPE positions of what is fed; None for 0, 1, ..."""
-        shadow = REVOKES[self.s.revoke].shadow
-        if self.fed is None and not (self.rows.masked or shadow):
+        if self.fed is None and not (self.rows.masked or self.shadow):
             return None
         fed = self.fed
         if fed is None:
             fed = jnp.broadcast_to(state_lib.places(self.rows), self.rows.tokens.shape)
-        if shadow:
-            fed = jnp.concatenate([fed, self._block()], 1)
+        if self.shadow:
+            fed = jnp.concatenate([fed, state_lib.block_places(self.rows, self.s)], 1)
         # A row begins at its first real token.
         return jnp.maximum(fed - self.rows.padding[:, None], 0)
 
     def _mask(self):
         """Which keys are attended to: [b, l], with a shadow [b, w, l]; None for all."""
         rows, s = self.rows, self.s
-        shadow = REVOKES[s.revoke].shadow
-        if not (rows.masked or shadow):
+        if not (rows.masked or self.shadow):
             return None
         places = state_lib.places(rows)
         seen = rows.real & (places < rows.end[:, None])
-        if not shadow:
+        if not self.shadow:
             return seen.astype(jnp.int32)
-        block, (batch, length) = self._block(), rows.tokens.shape
+        block, (batch, length) = state_lib.block_places(rows, s), rows.tokens.shape
         fed = length if self.fed is None else self.fed.shape[1]
         of_text = jnp.pad(seen, ((0, 0), (0, s.block_length)))
         of_text = jnp.broadcast_to(of_text[:, None], (batch, fed, length + s.block_length))
@@ -146,24 +140,22 @@ class View:
             return None
         if self.fed is None:
             at, fed = self._clipped(), self.rows.tokens.shape[1]
-        elif self.contiguous:
-            fed = self.fed.shape[1]
-            at = jnp.clip(self.wanted - self.fed[:, :1], 0, fed - 1)
         else:
-            fed = self.fed.shape[1]
             # A position that is not fed is not open: its prediction is not used.
             at = jnp.argmax(self.fed[:, None, :] == self.wanted[:, :, None], -1)
-        if REVOKES[self.s.revoke].shadow:
-            shadow = jnp.arange(fed, fed + self.s.block_length)
-            at = jnp.concatenate([at, jnp.broadcast_to(shadow, self._block().shape)], 1)
-        return at
+            fed = self.fed.shape[1]
+        return jnp.concatenate([at, self._shadow_from(fed)], 1) if self.shadow else at
 
-    def _slots(self, shadow: bool):
+    def _shadow_from(self, first: int):
+        """The numbers [b, n] from `first` on, one for each mask of the shadow."""
+        numbers = jnp.arange(first, first + self.s.block_length)
+        return jnp.broadcast_to(numbers, (self.rows.tokens.shape[0], self.s.block_length))
+
+    def _slots(self):
         """Where the cache keeps what is fed, and which of it; None for all."""
-        if self.fed is None or not shadow:
+        if self.fed is None or not self.shadow:
             return self.fed, self.writes
-        extra = self.rows.tokens.shape[1] + jnp.arange(self.s.block_length)
-        extra = jnp.broadcast_to(extra, self._block().shape)
+        extra = self._shadow_from(self.rows.tokens.shape[1])
         writes = jnp.ones(self.fed.shape, bool) if self.writes is None else self.writes
         return (
             jnp.concatenate([self.fed, extra], 1),

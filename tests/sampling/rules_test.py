@@ -86,10 +86,24 @@ def test_a_rule_writes_what_its_paper_says(case):
 
 
 @pytest.mark.parametrize(
-    "low, expand", [pytest.param(0.0, 0.9, marks=pytest.mark.slow), (0.2, 0.9)]
+    "low, expand, rule",
+    [
+        pytest.param(0.0, 0.9, "threshold", marks=pytest.mark.slow),
+        (0.2, 0.9, "threshold"),
+        # What the rule remembers of the passes before moves with the text.
+        pytest.param(0.2, 0.9, "klass", marks=pytest.mark.slow),
+    ],
 )
-def test_a_response_finds_its_length(low, expand):
+def test_a_response_finds_its_length(low, expand, rule):
     # Truth: `paper_rules`. The first case grows before its first commit only.
+    rules = {
+        "threshold": (dict(threshold=0.3), dict(limit=0.3)),
+        "klass": (
+            dict(threshold=0.15, kl_threshold=1.0),
+            dict(limit=0.15, kl_limit=1.0, within=True),
+        ),
+    }
+    ours, theirs = rules[rule]
     numbers = dict(factor=3, eos_window=4)
     growth = sampling.Growth(
         initial_length=4,
@@ -104,8 +118,8 @@ def test_a_response_finds_its_length(low, expand):
         mask_id=MASK,
         gen_length=24,
         block_length=4,
-        commit="threshold",
-        threshold=0.3,
+        commit=rule,
+        **ours,
         remasking="probability",
         eos_id=EOS,
         growth=growth,
@@ -122,7 +136,7 @@ def test_a_response_finds_its_length(low, expand):
             start=START,
             block_length=4,
             mask_id=MASK,
-            rule=paper_rules.rule("threshold", limit=0.3),
+            rule=paper_rules.rule(rule, **theirs),
             grow=reference,
         )
         length = len(expected.tokens)

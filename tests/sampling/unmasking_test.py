@@ -90,6 +90,9 @@ def plain_rule(name, p, chosen, is_open, number):
             if c[j - 1] < 1 - number / (j + 1):
                 count = m if j == m else j - 1
                 break
+    elif name == "wino":
+        most = min(max(int(0.7 * m), 5), 20)
+        count = max(min(sum(x > number for x in c), most), min(m, 1))
     else:
         h = entropies(p)[order]
         count = max([k for k in range(1, m + 1) if h[:k].sum() - h[:k].max() <= number], default=0)
@@ -104,6 +107,7 @@ def plain_rule(name, p, chosen, is_open, number):
         ("factor", [0.0, 0.5, 1.0, 2.0, 50.0]),
         ("factor_published", [0.0, 0.5, 1.0, 2.0, 50.0]),
         ("entropy", [0.0, 0.05, 0.5, 3.0, 1000.0]),
+        ("wino", [0.0, 0.1, 0.5, 0.9]),
     ],
 )
 def test_rules_agree_with_plain_loops(name, numbers):
@@ -132,6 +136,63 @@ def test_rules_agree_with_plain_loops(name, numbers):
             assert set(np.flatnonzero(got)) == expected, (name, count, number)
             sizes.add(len(expected))
     assert len(sizes) > 4
+
+
+def test_klass_needs_confidence_and_stability():
+    # By hand: the second is unsure, the third has changed, the last is closed.
+    row = unmasking.Row(
+        open=jnp.array([True, True, True, False]),
+        score=jnp.array([0.9, 0.2, 0.95, 0.99]),
+        rank=jnp.array([1, 2, 0, 7]),
+        quota=jnp.int32(1),
+        entropy=jnp.zeros(4),
+        stable=jnp.array([2, 5, 1, 9]),
+    )
+    got = unmasking.klass(row, types.SimpleNamespace(threshold=0.9), lambda p: p)
+    np.testing.assert_array_equal(got, [True, False, False, False])
+
+
+def test_the_divergence_is_that_of_this_pass_from_the_one_before():
+    logits, before = logits_of(3, 0), logits_of(3, 1)
+    p, q = probabilities(logits), probabilities(before)
+    got = unmasking.divergence(jnp.asarray(logits), jnp.asarray(before))
+    np.testing.assert_allclose(got, (p * np.log(p / q)).sum(1), rtol=1e-4)
+
+
+def written(**changes):
+    """A block of six: four written before, one now; the shadow doubts three of the four."""
+    odds = np.log(np.array([0.8, 0.3, 0.1, 0.2, 0.01, 0.01]))
+    odds -= np.log1p(-np.exp(odds))
+    fields = dict(
+        written=jnp.array([True, True, True, True, False, False]),
+        committed=jnp.array([False, False, False, False, True, False]),
+        score=jnp.array([3.0, 1.0, 2.0, 4.0, 0.5, jnp.inf]),
+        shadow=jnp.float32(odds),
+        number=jnp.int32(2),
+        last=jnp.int32(30),
+        planned=jnp.int32(6),
+        revisions=jnp.int32(0),
+    )
+    return sampling.Written(**fields | changes)
+
+
+@pytest.mark.parametrize(
+    "rule, changes, expected",
+    [
+        ("wino", {}, {1, 2, 3}),  # below 0.5 by the shadow; what this pass wrote is not judged
+        ("wino", dict(last=jnp.int32(3)), {2, 3}),  # fewer than the pass before committed
+        ("wino", dict(last=jnp.int32(4)), {1, 2, 3}),
+        ("wino", dict(number=jnp.int32(1)), set()),  # a pass that commits one revokes none
+        ("remdm", {}, {1, 4}),  # the two lowest, once 7/8 of six, so five, are written
+        ("remdm", dict(planned=jnp.int32(7)), set()),
+        ("remdm", dict(revisions=jnp.int32(3)), set()),
+    ],
+)
+def test_what_is_revoked(rule, changes, expected):
+    # By hand, from spec/samplers.md (WINO) and the paper's appendix D.4 (ReMDM).
+    numbers = types.SimpleNamespace(threshold_back=0.5, revoke_number=2, revoke_passes=3)
+    got = sampling.REVOKES[rule].choose(written(**changes), numbers)
+    assert set(np.flatnonzero(got)) == expected
 
 
 def test_a_rule_from_outside():
