@@ -84,6 +84,37 @@ def test_a_row_with_a_cache_does_not_depend_on_its_batch(cache, settings):
     assert (alone != uncached).any()  # the cache does something
 
 
+@pytest.mark.slow
+def test_a_delayed_cache_keeps_what_was_known_before_the_pass_before():
+    # Second route: plain loops over blocks and passes (spec/samplers.md 3.2). All tokens are fed,
+    # and those that the cache has are not written.
+    prompt, block, steps, refresh = np.random.default_rng(4).integers(0, MASK, 5), 8, 4, 3
+    module, variables = LLaDA(CONFIG), model().args[0]
+    apply = jax.jit(lambda *a: module.apply(variables, *a, method="with_cache"))
+    row = np.append(prompt, np.full(16, MASK))
+    places = jnp.arange(21)[None]
+    cache = module.init_cache(1, 21)
+    for first in (5, 13):
+        known = []  # before each pass of the block
+        for turn in range(steps):
+            known.append(row != MASK)
+            fed = np.ones(21, bool)
+            if turn > 1 and turn % refresh:
+                fed = ~known[turn - 1]
+            logits, cache = apply(row[None], None, places, cache.at(places, jnp.asarray(fed)[None]))
+            logits = np.float64(logits[0])
+            p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+            candidates = logits[:, :MASK].argmax(-1)
+            score = p[np.arange(21), candidates]
+            inside = (row == MASK) & (np.arange(21) >= first) & (np.arange(21) < first + block)
+            best = sorted(np.flatnonzero(inside), key=lambda i: -score[i])[: block // steps]
+            row[best] = candidates[best]
+    settings = dict(gen_length=16, block_length=block, steps=2 * steps, remasking="probability")
+    settings |= dict(mask_id=MASK, cache="delayed", refresh=refresh)
+    got = sampling.generate(model(), prompt[None], **settings)
+    np.testing.assert_array_equal(got[0], row)
+
+
 def test_every_mask_is_filled_beside_a_cache():
     # The masks of the prompt are outside the windows; only full passes fill them.
     prompts = np.random.default_rng(0).integers(0, MASK, (2, 6))

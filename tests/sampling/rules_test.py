@@ -11,6 +11,7 @@ from sampling import paper_rules
 from sampling.rows_test import EOS, MASK, biased, model
 
 from llada_jax import sampling
+from llada_jax.sampling import growth, state
 
 START = 5
 PROMPTS = np.random.default_rng(3).integers(0, MASK, (4, START))
@@ -46,9 +47,9 @@ CASES = {
         dict(rule=paper_rules.rule("klass", limit=0.2, kl_limit=0.3, within=True)),
     ),
     "remdm": (
-        dict(commit="schedule", steps=8, revoke="remdm", revoke_number=2, revoke_passes=3),
+        dict(commit="schedule", steps=8, revoke="remdm", revoke_number=3, revoke_passes=3),
         dict(
-            rule=paper_rules.rule("schedule", steps=4), revoke=paper_rules.Remdm(count=2, loops=3)
+            rule=paper_rules.rule("schedule", steps=4), revoke=paper_rules.Remdm(count=3, loops=3)
         ),
     ),
 }
@@ -85,6 +86,26 @@ def test_a_rule_writes_what_its_paper_says(case):
     assert several >= 3  # the rule does something
 
 
+def test_a_mask_becomes_several_and_the_text_moves():
+    # By hand: position 3 of the text becomes three masks; the last two positions are cut off.
+    prompts = jnp.array([[7, 8]])
+    s = sampling.Settings(
+        MASK, gen_length=6, block_length=6, growth=sampling.Growth(5, factor=3), eos_id=EOS
+    )
+    rows = state.begin(state.Inputs(prompts, None, None, None, None), s)
+    tokens = jnp.array([[7, 8, 20, MASK, 21, MASK, MASK, MASK]])
+    past = {"logits": jnp.arange(8.0).reshape(1, 8, 1), "stable": jnp.arange(8)[None]}
+    rows = rows.replace(tokens=tokens, history=past, sizing=jnp.array([False]))
+    value = jnp.array([[1, 1, 1, 0.01, 1, 0.05, 1, 1]])
+    got = growth.insert(rows, jnp.zeros(1), value, tokens == MASK, s.growth, 6, MASK)
+    np.testing.assert_array_equal(got.tokens, [[7, 8, 20, MASK, MASK, MASK, 21, MASK]])
+    nan = np.nan
+    np.testing.assert_array_equal(got.history["logits"][0, :, 0], [0, 1, 2, 3, nan, nan, 4, 5])
+    assert int(got.end[0]) == 8
+    kept = growth.insert(rows, jnp.ones(1), value, tokens == MASK, s.growth, 6, MASK)
+    np.testing.assert_array_equal(kept.tokens, tokens)
+
+
 @pytest.mark.parametrize(
     "low, expand, rule",
     [
@@ -105,7 +126,7 @@ def test_a_response_finds_its_length(low, expand, rule):
     }
     ours, theirs = rules[rule]
     numbers = dict(factor=3, eos_window=4)
-    growth = sampling.Growth(
+    lengths = sampling.Growth(
         initial_length=4,
         eos_confidence=0.02,
         insert_eos_confidence=expand,
@@ -122,7 +143,7 @@ def test_a_response_finds_its_length(low, expand, rule):
         **ours,
         remasking="probability",
         eos_id=EOS,
-        growth=growth,
+        growth=lengths,
         trace=True,
     )
     reference = paper_rules.Daedal(

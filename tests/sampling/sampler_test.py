@@ -462,6 +462,7 @@ def test_a_response_ends_where_it_is_asked_to():
         ends = 4 if index == 1 else 8
         np.testing.assert_array_equal(response.tokens[:ends], whole[index, :ends])
         assert (response.tokens[ends:] == EOS).all() and response.passes == ends // 2
+        assert response.steps[:ends].max() == response.passes  # its own, though refilled
     lengths = [3, 8, 5]
     got = sampling.sample_responses(toy_logits, prompts, **settings | dict(gen_length=lengths))
     assert got.shape == (3, 8) and (got[0, 3:] == EOS).all() and (got[2, 5:] == EOS).all()
