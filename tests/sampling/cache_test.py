@@ -13,6 +13,8 @@ from sampling.rows_test import CONFIG, MASK, PROMPTS, SETTINGS, model
 import llada_jax
 from llada_jax import sampling
 from llada_jax.models.llada import LLaDA
+from llada_jax.sampling import state
+from llada_jax.sampling.view import View
 
 THRESHOLD = dict(commit="threshold", threshold=0.5)
 PARTS = dict(refresh=4, refresh_prompt=8, transfer_ratio=0.25)
@@ -113,6 +115,25 @@ def test_a_delayed_cache_keeps_what_was_known_before_the_pass_before():
     settings |= dict(mask_id=MASK, cache="delayed", refresh=refresh)
     got = sampling.generate(model(), prompt[None], **settings)
     np.testing.assert_array_equal(got[0], row)
+
+
+def test_a_shadow_sees_all_but_what_it_stands_for():
+    # Second route: a text of 5 + 4 positions and 4 shadows, with the mask written out.
+    prompts = np.random.default_rng(0).integers(0, MASK, (1, 5))
+    s = sampling.Settings(MASK, gen_length=4, block_length=4, **WINO)
+    rows = state.begin(state.Inputs(jnp.asarray(prompts), None, None, None, None), s)
+    rows = rows.replace(tokens=rows.tokens.at[0, 6].set(3))
+    logits, shadow, _ = View(rows, s, wanted=jnp.arange(5, 9)[None]).logits(model(), None)
+    sees = np.zeros((13, 13), bool)
+    sees[:, :9] = True  # the text
+    sees[9:, 9:] = True  # shadows see each other
+    for shadow_of in range(4):
+        sees[9 + shadow_of, 5 + shadow_of] = False
+    tokens = np.append(rows.tokens[0], [MASK] * 4)[None]
+    positions = np.append(np.arange(9), np.arange(5, 9))[None]
+    expected = model()(*map(jnp.asarray, (tokens, sees[None])), positions=jnp.asarray(positions))
+    np.testing.assert_allclose(shadow[0], expected[0, 9:], atol=1e-5)
+    np.testing.assert_allclose(logits[0], expected[0, 5:9], atol=1e-5)
 
 
 def test_every_mask_is_filled_beside_a_cache():
