@@ -57,7 +57,7 @@ class KeyValues:
         fresh = jnp.swapaxes(fresh.astype(kept.dtype), 1, 2)
         if self.writes is not None:
             old = jax.lax.dynamic_index_in_dim(kept, self.layer, keepdims=False)
-            fresh = self._among(old, fresh)
+            fresh = _among(old, fresh, self.places, self.writes)
         elif self.places is not None:
             rows = jnp.arange(fresh.shape[0])
             at = jnp.stack([jnp.full_like(rows, self.layer), rows, self.places[:, 0]], 1)
@@ -67,10 +67,16 @@ class KeyValues:
             )
         return jax.lax.dynamic_update_index_in_dim(kept, fresh, self.layer, 0)
 
-    def _among(self, old: Float[Array, "b k l d"], fresh: Float[Array, "b k w d"]):
-        """A layer in which the fresh positions that are written replace the old ones."""
-        # [b, l, w]: a lookup for each position, since TPUs scatter one position at a time.
-        source = self.places[:, None, :] == jnp.arange(old.shape[2])[:, None]
-        source &= self.writes[:, None, :]
-        fresh = jnp.take_along_axis(fresh, jnp.argmax(source, -1)[:, None, :, None], 2)
-        return jnp.where(jnp.any(source, -1)[:, None, :, None], fresh, old)
+
+def _among(
+    old: Float[Array, "b k l d"],
+    fresh: Float[Array, "b k w d"],
+    places: Int[Array, "b w"] | Any,
+    writes: Bool[Array, "b w"] | Any,
+) -> Float[Array, "b k l d"]:
+    """A layer in which the fresh positions that are written replace the old ones."""
+    # [b, l, w]: a lookup for each position, since TPUs scatter one position at a time.
+    source = places[:, None, :] == jnp.arange(old.shape[2])[:, None]
+    source &= writes[:, None, :]
+    fresh = jnp.take_along_axis(fresh, jnp.argmax(source, -1)[:, None, :, None], 2)
+    return jnp.where(jnp.any(source, -1)[:, None, :, None], fresh, old)
