@@ -12,6 +12,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from llada_jax.tasks.task import Settings, Task
+
 SPLITS = ("train", "heldout")
 _ROWS = np.arange(16).reshape(4, 4)
 _BOXES = _ROWS.reshape(2, 2, 2, 2).swapaxes(1, 2).reshape(4, 4)
@@ -153,3 +155,11 @@ def score(record: dict, response: str) -> float:
     cells = np.array([int(c) for c in text])
     keeps_clues = ((cells == clues) | (clues == 0)).all()
     return float(keeps_clues and (np.sort(cells[UNITS], axis=1) == [1, 2, 3, 4]).all())
+
+
+TASK = Task(
+    fields={"prompt": str},
+    score=score,
+    source="python:llada_jax.tasks.sudoku:records?count=500&seed=1&split=heldout",
+    settings={"ours": Settings({"gen_length": 16, "block_length": 16}, template="plain")},
+)
