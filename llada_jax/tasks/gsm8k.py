@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from llada_jax.tasks.task import Settings, Task
 
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|\d)(?:[eE][-+]?\d+)?")
+# A sign counts where no digit stands before it: 5-3 ends with 3.
+_NUMBER = re.compile(r"(?:(?<![\d.])[-+])?(?:\d{1,3}(?:,\d{3})+(?![\d])(?:\.\d+)?|\d*\.\d+|\d+)")
 
 
 def prompt(record: dict, shots: Sequence[dict], template: str) -> str | list[dict]:
