@@ -30,7 +30,7 @@ def countdown(objective: str):
 
 def get_config():
     c = countdown("sft")
-    c.num_steps = 1500
+    c.num_steps = 2000
     c.model.arch = dict(
         d_model=96,
         n_heads=4,
@@ -44,7 +44,7 @@ def get_config():
         eos_token_id=18,
         pad_token_id=18,
     )
-    c.data.train = "python:llada_jax.tasks.countdown:records?count=200000&seed=0"
+    c.data.train = "python:llada_jax.tasks.countdown:records?count=40000&seed=0"
     c.data.row_length = 29  # bos, 11 characters of the problem, 17 of the solution
     c.data.batch_rows = 128
     c.optimizer.warmup_steps = 100

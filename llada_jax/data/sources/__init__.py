@@ -6,12 +6,13 @@ A source is written NAME:REST. Several are joined by commas: `jsonl:a.jsonl,json
 import re
 from collections.abc import Iterator
 
+from llada_jax.data.sources.hf import HF
 from llada_jax.data.sources.jsonl import JSONL
 from llada_jax.data.sources.python import PYTHON
 from llada_jax.data.sources.source import Source
 from llada_jax.data.sources.tfds import TFDS
 
-SOURCES: dict[str, Source] = {"jsonl": JSONL, "tfds": TFDS, "python": PYTHON}
+SOURCES: dict[str, Source] = {"jsonl": JSONL, "tfds": TFDS, "hf": HF, "python": PYTHON}
 
 
 def raw_records(source: str) -> Iterator[tuple[str, object]]:
