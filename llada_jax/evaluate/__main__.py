@@ -3,6 +3,7 @@
 python -m llada_jax.evaluate --model=DIR --tasks=gsm8k,humaneval --out=DIR    answer and score
 python -m llada_jax.evaluate score --task=gsm8k --responses=FILE.jsonl --out=FILE.json
 python -m llada_jax.evaluate compare A B                     paired differences of two results
+python -m llada_jax.evaluate tasks                           all tasks and their settings
 python -m llada_jax.evaluate passes --model=DIR --out=DIR    accuracy against forward passes
 """
 
@@ -11,7 +12,7 @@ import sys
 
 from llada_jax import cli
 from llada_jax.checkpoints import hashing, loading
-from llada_jax.evaluate import compare, passes, plan, run, score
+from llada_jax.evaluate import compare, passes, plan, run, score, table
 from llada_jax.evaluate.answers import Model
 from llada_jax.parallel import hosts
 
@@ -36,6 +37,7 @@ def parser() -> cli.Parser:
             help="run generated programs even where nothing protects this machine",
         )
     compare.add_flags(commands.add_parser("compare", help="paired differences of two results"))
+    commands.add_parser("tasks", help="print all tasks and their published settings")
     of_passes = commands.add_parser("passes", help="accuracy and passes of every rule, as curves")
     loading.add_flags(of_passes)
     passes.add_flags(of_passes)
@@ -44,7 +46,14 @@ def parser() -> cli.Parser:
 
 def main(args: argparse.Namespace):
     """Runs the command."""
-    {"run": _run, "score": score.run, "compare": compare.run, "passes": _passes}[args.command](args)
+    commands = {
+        "run": _run,
+        "score": score.run,
+        "compare": compare.run,
+        "passes": _passes,
+        "tasks": lambda _: print(table.of_settings(), end=""),
+    }
+    commands[args.command](args)
 
 
 def _run(args: argparse.Namespace):

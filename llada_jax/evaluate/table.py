@@ -4,6 +4,11 @@ import json
 import pathlib
 from typing import Any
 
+from llada_jax.tasks import TASKS
+
+SETTINGS_COLUMNS = (
+    "task", "settings", "length / block", "EOS", "template", "shots", "published (%)"
+)  # fmt: skip
 COLUMNS = ("task", "settings", "questions", "score (%)", "published (%)", "tokens a pass", "passes")
 
 
@@ -37,6 +42,21 @@ def markdown(columns, rows) -> str:
     widths = [max(len(row[k]) for row in cells) for k in range(len(columns))]
     shown = ["| " + " | ".join(map(str.ljust, row, widths)) + " |\n" for row in cells]
     return "".join([shown[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|\n", *shown[1:]])
+
+
+def of_settings() -> str:
+    """All tasks and their settings as a Markdown table."""
+    rows = []
+    for name, task in TASKS.items():
+        for settings_name, settings in task.settings.items():
+            sampler = settings.sampler
+            last, never = (sampler.get(f"{x}_inf") for x in ("confidence_eos_eot", "logits_eos"))
+            published = ", ".join(f"{who} {score}" for who, score in settings.published.items())
+            shape = f"{sampler['gen_length']} / {sampler['block_length']}"
+            eos = "last" if last else "never" if never else "-"
+            columns = (shape, eos, settings.template, settings.shots, published or "-")
+            rows.append((name, settings_name, *columns))
+    return markdown(SETTINGS_COLUMNS, rows)
 
 
 def of_folder(folder: pathlib.Path) -> str:

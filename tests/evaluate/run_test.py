@@ -1,6 +1,10 @@
 """The command that answers and scores: it goes on after a kill, and records what it did."""
 
 import json
+import random
+import subprocess
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -183,3 +187,51 @@ def test_the_command_on_the_shipped_model(tmp_path, capsys):
     said = refusal(capsys, command, *flags, "--data_parallel=9")
     assert "do not fit the 8 devices of this host" in said
     assert "lines are appended" in refusal(capsys, command, *flags, "--out=gs://bucket/x")
+
+
+@pytest.mark.slow
+def test_two_hosts_answer_as_one(tmp_path):
+    """Each answers half, the first scores; a second run on one host finds all done."""
+    flags = ["--tasks=sudoku", "--limit=9", "--batch_size=4", f"--model={SUDOKU}"]
+    evaluate = [sys.executable, "-m", "llada_jax.evaluate", *flags, "--dtype=float32"]
+    cluster = [sys.executable, "launch/local_cluster.py", "--processes=2", "--devices=2", "--"]
+    shown = subprocess.run(
+        [*cluster, *evaluate, f"--out={tmp_path}/two"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    assert shown.stdout.count("| sudoku |") == 1
+    subprocess.run([*evaluate, "--data_parallel=1", f"--out={tmp_path}/one"], cwd=ROOT, check=True)
+    two, one = (json.loads((tmp_path / n / "sudoku.json").read_text()) for n in ("two", "one"))
+    assert two["verdicts"] == one["verdicts"] and two["passes"] == one["passes"]
+    assert two["environment"]["hosts"] == 2 and one["environment"]["hosts"] == 1
+    responses = [tmp_path / n / "sudoku.responses.jsonl" for n in ("two", "one")]
+    texts = [[json.loads(line)["response"] for line in path.open()] for path in responses]
+    assert texts[0] == texts[1]
+    assert len(list((tmp_path / "two").iterdir())) == 4  # no part is left
+
+
+@pytest.mark.slow
+def test_kills_at_random_lose_nothing(tmp_path):
+    """Killed three times at random, and started again, it gives the undisturbed responses."""
+    flags = ["--tasks=sudoku", "--limit=100", "--batch_size=10", f"--model={SUDOKU}"]
+    evaluate = [sys.executable, "-m", "llada_jax.evaluate", *flags, "--samples=2"]
+    evaluate += ["--temperature=0.7", "--data_parallel=1"]
+    subprocess.run([*evaluate, f"--out={tmp_path}/quiet"], cwd=ROOT, check=True)
+    again = [*evaluate, f"--out={tmp_path}/killed"]
+    file = tmp_path / "killed" / "sudoku.responses.jsonl"
+    rng = random.Random(0)
+    for least in sorted(rng.sample(range(150), 3)):
+        with subprocess.Popen(again, cwd=ROOT) as child:
+            while not file.exists() or file.read_bytes().count(b"\n") < least:
+                assert child.poll() is None
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 0.1))
+            child.kill()
+    subprocess.run(again, cwd=ROOT, check=True)
+    found = []
+    for name in ("quiet", "killed"):
+        lines_of = map(json.loads, (tmp_path / name / "sudoku.responses.jsonl").open())
+        found.append([(line["id"], line["sample"], line["response"]) for line in lines_of])
+    assert found[0] == found[1] and len(set(found[1])) == 200
+    results = [json.loads((tmp_path / n / "sudoku.json").read_text()) for n in ("quiet", "killed")]
+    assert results[0]["metrics"] == results[1]["metrics"]
