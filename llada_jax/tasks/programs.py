@@ -17,10 +17,10 @@ def code_of(response: str, names: Collection[str]) -> str:
     """The part of a response that is code: what a fence or [BEGIN] ... [DONE] holds, or all of it.
 
     Of several fenced blocks it is the first that defines one of the functions `names`, else the
-    first that defines any, else the first; it keeps its indentation. Prose before an unfenced function is dropped; what
-    follows the code is not, since only a parser knows where it ends.
+    first that defines any, else the first; it keeps its indentation. Prose before an unfenced
+    function is dropped. What follows the code is not, since only a parser knows where it ends.
     """
-    text = response.replace("\r\n", "\n").rpartition("[BEGIN]")[2].partition("[DONE]")[0]
+    text = response.replace("\r\n", "\n").partition("[DONE]")[0].rpartition("[BEGIN]")[2]
     before, *blocks = _FENCE.split(text)
     if blocks and not _is_code(before, names):
         inside = blocks[::2]
