@@ -49,7 +49,7 @@ def run(
     program: str,
     tests: str = "",
     *,
-    timeout: float,
+    timeout: int | float,
     memory: int = MEMORY,
     cut: bool = False,
     unsafe: bool = False,

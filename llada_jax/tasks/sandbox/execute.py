@@ -51,7 +51,7 @@ class Result:
 
 
 def execute(
-    protection: str, program: str, tests: str, *, timeout: float, memory: int, cut: bool
+    protection: str, program: str, tests: str, *, timeout: int | float, memory: int, cut: bool
 ) -> Result:
     """Runs a program and its tests under a protection; see `choice.run`.
 
@@ -91,7 +91,7 @@ def execute(
     return Result(status, message, output.decode(errors="replace"), protection)
 
 
-def _verdict(report: bytes, token: bytes, late: bool, timeout: float) -> tuple[str, str]:
+def _verdict(report: bytes, token: bytes, late: bool, timeout: int | float) -> tuple[str, str]:
     if secrets.compare_digest(report, token):
         return "passed", ""
     if report.startswith(harness.FAILED):
@@ -102,7 +102,7 @@ def _verdict(report: bytes, token: bytes, late: bool, timeout: float) -> tuple[s
 
 
 def _converse(
-    child: subprocess.Popen, job: bytes, token: bytes, timeout: float
+    child: subprocess.Popen, job: bytes, token: bytes, timeout: int | float
 ) -> tuple[bytes, bytes, bool]:
     """Sends the job; returns the report, the output's first part, and whether time ran out."""
     unsent, heard = memoryview(job), {child.stdout: b"", child.stderr: b""}
@@ -152,7 +152,7 @@ def _rest(pipe) -> bytes:
         return b""
 
 
-def _command(protection: str, timeout: float, memory: int, cut: bool) -> list[str]:
+def _command(protection: str, timeout: int | float, memory: int, cut: bool) -> list[str]:
     folder, paths, packages = _file_system()
     outer = bubblewrap.arguments(paths, TMP_BYTES) if protection == "bubblewrap" else []
     seconds = math.ceil(timeout) + 1

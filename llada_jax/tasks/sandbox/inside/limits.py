@@ -41,10 +41,14 @@ def become(uid: int) -> None:
 
     The limit on threads and processes does not hold for root. A user who is not root stays.
     """
-    if os.geteuid() == 0:
+    if os.geteuid() != 0:
+        return
+    try:
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
+    except OSError as error:
+        raise OSError(error.errno, f"root may not become another user: {error.strerror}") from None
 
 
 def become_reader(uid: int) -> None:
