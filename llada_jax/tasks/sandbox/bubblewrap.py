@@ -1,4 +1,4 @@
-"""The command line of bubblewrap (`bwrap`, 0.6 or later).
+"""The command line of bubblewrap (`bwrap`, 0.6 or later, not installed setuid).
 
 Covers what `inside.namespaces` covers, by a program that is well tried: files, processes, network,
 memory and queues of System V, the host's name. The command that it runs adds limits, seccomp and,
@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 from llada_jax.tasks.sandbox.inside.namespaces import DEVICES, TMP
 
-# What root needs for becoming another user inside.
-_FOR_ROOT = ("--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID")
+# What the inside needs to limit the files of /tmp, and to become another user; it gives them up.
+_RIGHTS = ("CAP_SYS_ADMIN",)
+_RIGHTS_OF_ROOT = (*_RIGHTS, "CAP_SETUID", "CAP_SETGID")
 
 
 def arguments(paths: Sequence[str], tmp_bytes: int) -> list[str]:
@@ -32,7 +33,9 @@ def arguments(paths: Sequence[str], tmp_bytes: int) -> list[str]:
     # --unshare-all would make a namespace of users for root as well, and the limit on processes
     # does not hold for root's own number there.
     words += ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
-    words += ["--unshare-cgroup-try", *(_FOR_ROOT if os.geteuid() == 0 else ())]
+    words += ["--unshare-cgroup-try", "--cap-drop", "ALL"]
+    for right in _RIGHTS_OF_ROOT if os.geteuid() == 0 else _RIGHTS:
+        words += ["--cap-add", right]
     words += ["--perms", "1777", "--size", str(tmp_bytes), "--tmpfs", TMP]
     # bwrap makes the folders above a path for its own user only, if they are not made before.
     above = {str(folder) for path in (*paths, *DEVICES) for folder in pathlib.Path(path).parents}

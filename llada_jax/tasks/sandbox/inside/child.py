@@ -18,6 +18,8 @@ def main() -> None:
     paths = shown.split(os.pathsep)
     if protection == "namespaces":
         namespaces.enter(paths, uid, tmp_bytes)
+    if protection == "bubblewrap":
+        namespaces.limit_files()
     limits.limit(memory, seconds, tmp_bytes)
     if protection == "landlock":
         limits.become_reader(uid)

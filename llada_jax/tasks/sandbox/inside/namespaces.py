@@ -15,6 +15,7 @@ from . import kernel, limits
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 TMP = "/tmp"
 _OLD = "/.old"
+_INODES = "nr_inodes=1024"  # files and folders of /tmp; each takes a kilobyte of the kernel's
 
 _NEWNS = 0x20000
 _NEWCGROUP = 0x2000000
@@ -49,11 +50,17 @@ def enter(paths: list[str], uid: int, tmp_bytes: int) -> None:
     """
     _unshare(uid)
     _new_root(paths, tmp_bytes)
+    limits.die_with_parent()  # only now: a change of users forgets it
     child = os.fork()
     if child:
         os.closerange(0, 3)  # the pipes to the parent are the child's
         os.waitpid(child, 0)
         os._exit(0)
+
+
+def limit_files() -> None:
+    """Limits the number of files in the /tmp that bubblewrap made, which cannot do so itself."""
+    _mount("none", TMP, flags=_REMOUNT | _NOSUID | _NODEV, data=_INODES)
 
 
 def _unshare(uid: int) -> None:
@@ -84,7 +91,7 @@ def _new_root(paths: list[str], tmp_bytes: int) -> None:
     kernel.syscall("pivot_root", os.fsencode(TMP), os.fsencode(TMP + _OLD))
     os.chdir("/")
     os.mkdir(TMP)
-    options = f"size={tmp_bytes},nr_inodes=1024,mode=1777"
+    options = f"size={tmp_bytes},{_INODES},mode=1777"
     _mount("tmpfs", TMP, "tmpfs", _NOSUID | _NODEV, options)  # first: paths may lie in it
     for path in paths:
         _show(path, _RDONLY | _NOSUID | _NODEV)
