@@ -9,6 +9,7 @@ import pathlib
 import platform
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -523,6 +524,38 @@ def test_the_strongest_that_works_is_taken(monkeypatch):
     reasons["landlock"] = "an old kernel"
     with pytest.raises(ValueError, match=r"\(not here; refused; an old kernel\)"):
         sandbox.run("", timeout=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("bubblewrap", "bwrap --unshare-pid --ro-bind / / true"),
+        ("namespaces", "unshare --mount --pid --net --fork true"),
+        ("namespaces", "unshare --user --map-current-user --mount --pid --net --fork true"),
+    ],
+)
+def test_a_protection_works_where_the_kernel_and_its_tools_do(name, command):
+    """Truth: the tools of others. A layer of ours that fails would only choose a weaker one."""
+    words = command.split()
+    if not shutil.which(words[0]) or subprocess.run(words, capture_output=True).returncode:
+        pytest.skip(f"{command!r} does not work here")
+    assert choice._why_not(name) == ""
+
+
+def test_layers_that_others_would_cover_for(protected):
+    """Read-only mounts hold for any user, and the process sees no other."""
+    if protected.name == "landlock":
+        pytest.skip("landlock has no mounts and processes of its own")
+    result = protected("""
+        import os
+        for path in "/", os.__file__, "/usr/lib":
+            flags = os.statvfs(path).f_flag
+            assert flags & os.ST_RDONLY and flags & os.ST_NOSUID, path
+        assert os.getpid() in (1, 2) and not os.path.exists("/proc/self")
+        assert not {"proc", "sys"} & set(os.listdir("/")), os.listdir("/")
+        assert os.listdir("/etc") in ([], ["ld.so.cache"]) and len(os.listdir("/dev")) == 4
+        """)
+    assert result.passed, result
 
 
 def test_a_protection_with_a_hole_is_not_used():
