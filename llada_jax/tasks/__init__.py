@@ -3,12 +3,14 @@
 import importlib
 
 from llada_jax.files import load_function
-from llada_jax.tasks import countdown, gsm8k, sudoku
+from llada_jax.tasks import countdown, gsm8k, humaneval, mbpp, sudoku
 from llada_jax.tasks.task import Score, Settings, Task
 
 TASKS: dict[str, Task] = {
     "countdown": countdown.TASK,
     "gsm8k": gsm8k.TASK,
+    "humaneval": humaneval.TASK,
+    "mbpp": mbpp.TASK,
     "sudoku": sudoku.TASK,
 }
 
