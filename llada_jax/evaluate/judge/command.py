@@ -9,7 +9,7 @@ import pathlib
 import jax
 
 from llada_jax.evaluate.judge import answers, games, judges, report
-from llada_jax.files import write_whole
+from llada_jax.files import is_remote, write_whole
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +54,8 @@ def run(args: argparse.Namespace) -> None:
 
     Raises ValueError, after judge.json is written, if no question has both verdicts.
     """
+    if is_remote(args.out):
+        raise ValueError(f"--out={args.out}: lines are appended, so it must be a local folder")
     judge = judges.open_judge(args.judge, _options(args))
     if args.judge_model:
         # The progress bar asks JAX for this host's number. It must not take memory of an
@@ -78,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
     print("\n".join(report.table(found)))
     if not found["n"]:
         raise ValueError(
-            f"no question has a verdict in both orders; the judge's replies are in {out}/games.jsonl"
+            f"no question has both verdicts; the judge's replies are in {out}/games.jsonl"
         )
 
 

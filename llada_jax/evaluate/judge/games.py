@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import pathlib
@@ -14,7 +15,6 @@ from llada_jax import metrics
 from llada_jax.evaluate.judge.answers import Question
 from llada_jax.evaluate.judge.client import NoAnswerError
 from llada_jax.evaluate.judge.judges import ORDERS, Judge, Ruling
-from llada_jax.files import is_remote
 
 Verdicts = dict[tuple[str, str], str | None]  # by (id, order)
 _MOST_FAILURES = 3  # games without an answer, one after another: the judge is down
@@ -49,10 +49,11 @@ def play(judge: Judge, questions: Sequence[Question], path: pathlib.Path) -> Ver
             return verdicts
         judge.check()
         first = len(games) - len(waiting)
-        with metrics.Progress(len(games), first, unit="game", show=(), every=2) as progress:
+        progress = metrics.Progress(len(games), first, unit="game", show=(), every=2)
+        with progress, contextlib.closing(_rulings(judge, waiting)) as rulings:
             progress.update(first)
             failures = 0
-            for game, found in _rulings(judge, waiting):
+            for game, found in rulings:
                 if isinstance(found, NoAnswerError):
                     failures += 1
                     if failures == _MOST_FAILURES:
@@ -74,32 +75,32 @@ def _rulings(judge: Judge, games: Sequence[Game]) -> Iterator[tuple[Game, Ruling
         for game in games:
             yield game, _ruling(judge, game)
         return
-    todo: queue.SimpleQueue[Game] = queue.SimpleQueue()
+    todo: queue.SimpleQueue[Game | None] = queue.SimpleQueue()
     done: queue.SimpleQueue[tuple[Game, Any]] = queue.SimpleQueue()
-    ended = threading.Event()
-    for game in games:
-        todo.put(game)
 
     def work():
-        with contextlib.suppress(queue.Empty):
-            while not ended.is_set():
-                game = todo.get_nowait()
-                try:
-                    done.put((game, _ruling(judge, game)))
-                except Exception as error:  # it is raised in the main thread
-                    done.put((game, error))
+        while (game := todo.get()) is not None:
+            try:
+                done.put((game, _ruling(judge, game)))
+            except Exception as error:  # it is raised in the main thread
+                done.put((game, error))
 
     # Daemons: a process that is interrupted does not wait for their answers.
-    for _ in range(min(judge.workers, len(games))):
+    for _ in range(judge.workers):
         threading.Thread(target=work, daemon=True).start()
+    waiting = iter(games)
+    for game in itertools.islice(waiting, judge.workers):
+        todo.put(game)
     try:
         for _ in games:
             game, found = done.get()
             if isinstance(found, Exception) and not isinstance(found, NoAnswerError):
                 raise found
             yield game, found
+            todo.put(next(waiting, None))
     finally:
-        ended.set()
+        for _ in range(judge.workers):
+            todo.put(None)
 
 
 def _ruling(judge: Judge, game: Game) -> Ruling | NoAnswerError:
@@ -112,8 +113,6 @@ def _ruling(judge: Judge, game: Game) -> Ruling | NoAnswerError:
 @contextlib.contextmanager
 def _opened(path: pathlib.Path) -> Iterator[IO[bytes]]:
     """The file, open for this process alone."""
-    if is_remote(path):
-        raise ValueError(f"{path}: lines are appended, so it must be on a local disk")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
         try:

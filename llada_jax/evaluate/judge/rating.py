@@ -15,7 +15,7 @@ import numpy as np
 STRONG = 3  # wins that a strong win counts
 RESAMPLES = 1000
 INTERVAL = (2.5, 97.5)  # percentiles
-_RIDGE = 1e-6  # keeps coefficients finite where style separates wins from losses
+PENALTY = 0.5  # LMArena's, of the coefficients of style: finite even if style alone decides
 
 # Wins of (A, B).
 WINS = {"A>>B": (STRONG, 0), "A>B": (1, 0), "A=B": (0.5, 0.5), "B>A": (0, 1), "B>>A": (0, STRONG)}
@@ -65,8 +65,8 @@ def controlled(
     spread = style.std(0)
     varies = spread > 1e-12
     x = np.concatenate([np.ones((len(wins), 1)), style[:, varies] / spread[varies]], axis=1)
-    fitted = fit(x, wins)
-    drawn = np.array([fit(x, wins * count[:, None], fitted)[0] for count in counts])
+    (fitted,) = fit(x, wins[None])
+    drawn = fit(x, counts[..., None] * wins, fitted)[:, 0]
     coefficients: list[float | None] = [None] * style.shape[1]
     for k, value in zip(np.flatnonzero(varies), fitted[1:], strict=True):
         coefficients[k] = float(value)
@@ -74,34 +74,46 @@ def controlled(
 
 
 def fit(x: np.ndarray, wins: np.ndarray, start: np.ndarray | None = None) -> np.ndarray:
-    """Coefficients of the logistic regression of `wins` [n, 2] on `x` [n, k], by Newton's method.
+    """Coefficients `[r, k]` of r logistic regressions on `x` [n, k], by Newton's method.
 
-    It has a ridge of 1e-6 on the mean log-likelihood, which moves a rate by less than 1e-4 per cent
-    unless the likelihood has no maximum.
+    wins: `[r, n, 2]`. start: `[k]`.
+
+    It minimises -sum log-likelihood + PENALTY / 2 sum_k b_k^2, where k leaves out the first column
+    of `x`, the constant.
     """
-    total, weight = wins.sum(), wins.sum(1)
+    (r, n, _), k = wins.shape, x.shape[1]
+    won, weight, total = wins[..., 0], wins.sum(2), wins.sum((1, 2))[:, None]
+    ridge = np.where(np.arange(k) > 0, PENALTY / total, 1e-12)  # [r, k]
+    products = (x[:, :, None] * x[:, None]).reshape(n, k * k)
 
-    def loss(b):
-        eta = x @ b
-        nll = wins[:, 0] @ np.logaddexp(0, -eta) + wins[:, 1] @ np.logaddexp(0, eta)
-        return nll / total + _RIDGE / 2 * b @ b
+    def loss(b):  # [r]
+        eta = b @ x.T
+        nll = won * np.logaddexp(0, -eta) + (weight - won) * np.logaddexp(0, eta)
+        return nll.sum(1) / total[:, 0] + (ridge * b**2).sum(1) / 2
 
-    b = np.zeros(x.shape[1]) if start is None else start
+    b = np.tile(np.zeros(k) if start is None else start, (r, 1))
     for _ in range(100):
-        p = sigmoid(x @ b)
-        slope = x.T @ (weight * p - wins[:, 0]) / total + _RIDGE * b
-        if np.abs(slope).max() < 1e-9:
+        p = sigmoid(b @ x.T)
+        slope = (weight * p - won) @ x / total + ridge * b
+        bend = ((weight * p * (1 - p)) @ products / total).reshape(r, k, k)
+        bend += ridge[:, None] * np.eye(k)
+        step = np.linalg.solve(bend, slope[..., None])[..., 0]
+        gain = (slope * step).sum(1)
+        size = (gain > 1e-13).astype(float)  # twice what is left to gain, near rounding
+        if not size.any():
             break
-        bend = (x.T * (weight * p * (1 - p))) @ x / total + _RIDGE * np.eye(len(b))
-        step, size = np.linalg.solve(bend, slope), 1.0
-        while size > 1e-9 and loss(b - size * step) > loss(b) - 1e-4 * size * slope @ step:
-            size /= 2
-        b = b - size * step
+        before = loss(b)
+        for _ in range(20):
+            worse = loss(b - size[:, None] * step) > before - 1e-4 * size * gain
+            if not worse.any():
+                break
+            size[worse] /= 2
+        b = b - size[:, None] * step
     return b
 
 
-def sigmoid(x: np.ndarray | float) -> np.ndarray:
-    """1 / (1 + exp(-x)), without overflow."""
+def sigmoid(x):
+    """1 / (1 + exp(-x)) of numbers or arrays, without overflow."""
     return (1 + np.tanh(np.asarray(x) / 2)) / 2
 
 
