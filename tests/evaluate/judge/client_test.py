@@ -59,13 +59,13 @@ FAILURES = {
     "closed": lambda h: h.connection.shutdown(socket.SHUT_RDWR),
     "no HTTP": lambda h: h.wfile.write(b"\x00\x01\x02") and None,
     "silent": lambda h: time.sleep(0.4),
-    "huge": lambda h: (200, {}, b" " * 3000),
+    "huge": lambda h: (200, {}, b'{"choices": [{"message": {"content": "x"}}]}' + b" " * 300_000),
 }
 
 
 @pytest.mark.parametrize("name", FAILURES)
 def test_it_tries_again(server, clock, name, monkeypatch):
-    monkeypatch.setattr(clients, "_LARGEST", 2000)
+    monkeypatch.setattr(clients, "_LARGEST", 200_000)
     there = server(lambda n, body, handler: FAILURES[name](handler) if n < 3 else "at last")
     assert client(there.address, clock).complete(ASK) == "at last"
     assert len(there.seen) == 4
@@ -194,6 +194,7 @@ def test_addresses():
         assert read_address(f"http://h:1/v1{tail}") == "http://h:1/v1"
     for bad in (
         "http://me:secret@h/v1",
+        "http://secret@h/v1",
         "https://h/v1?key=secret",
         "http:///v1",
         "http:secret",
