@@ -2,6 +2,7 @@
 
 python -m llada_jax.evaluate --model=DIR --tasks=gsm8k,humaneval --out=DIR    answer and score
 python -m llada_jax.evaluate score --task=gsm8k --responses=FILE.jsonl --out=FILE.json
+python -m llada_jax.evaluate judge --responses=FILE --baseline=FILE --data=... --judge=... --out=DIR
 python -m llada_jax.evaluate compare A B                     paired differences of two results
 python -m llada_jax.evaluate tasks                           all tasks and their settings
 python -m llada_jax.evaluate passes --model=DIR --out=DIR    accuracy against forward passes
@@ -14,6 +15,7 @@ from llada_jax import cli
 from llada_jax.checkpoints import hashing, loading
 from llada_jax.evaluate import compare, passes, plan, run, score, table
 from llada_jax.evaluate.answers import Model
+from llada_jax.evaluate.judge import command as judge
 from llada_jax.parallel import hosts
 
 
@@ -37,6 +39,7 @@ def parser() -> cli.Parser:
             help="run generated programs even where nothing protects this machine",
         )
     compare.add_flags(commands.add_parser("compare", help="paired differences of two results"))
+    judge.add_flags(commands.add_parser("judge", help="answers against a baseline's, by a judge"))
     commands.add_parser("tasks", help="print all tasks and their published settings")
     of_passes = commands.add_parser("passes", help="accuracy and passes of every rule, as curves")
     loading.add_flags(of_passes)
@@ -51,6 +54,7 @@ def main(args: argparse.Namespace):
         "score": score.run,
         "compare": compare.run,
         "passes": _passes,
+        "judge": judge.run,
         "tasks": lambda _: print(table.of_settings(), end=""),
     }
     commands[args.command](args)

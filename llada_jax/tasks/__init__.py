@@ -3,10 +3,11 @@
 import importlib
 
 from llada_jax.files import load_function
-from llada_jax.tasks import countdown, gsm8k, humaneval, mbpp, sudoku
+from llada_jax.tasks import arena_hard, countdown, gsm8k, humaneval, mbpp, sudoku
 from llada_jax.tasks.task import Score, Settings, Task
 
 TASKS: dict[str, Task] = {
+    "arena_hard": arena_hard.TASK,
     "countdown": countdown.TASK,
     "gsm8k": gsm8k.TASK,
     "humaneval": humaneval.TASK,
