@@ -8,7 +8,7 @@ import os
 import pathlib
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import IO, Any, NamedTuple
 
 from llada_jax import metrics
@@ -69,7 +69,9 @@ def play(judge: Judge, questions: Sequence[Question], path: pathlib.Path) -> Ver
     return verdicts
 
 
-def _rulings(judge: Judge, games: Sequence[Game]) -> Iterator[tuple[Game, Ruling | NoAnswerError]]:
+def _rulings(
+    judge: Judge, games: Sequence[Game]
+) -> Generator[tuple[Game, Ruling | NoAnswerError], None, None]:
     """Yields the games as they end. Any error but a missing answer ends them all."""
     if judge.workers == 1:
         for game in games:

@@ -111,19 +111,6 @@ def here(name, kind="python"):
     return f"{kind}:{__name__}:{name}"
 
 
-@pytest.fixture(autouse=True)
-def importable(monkeypatch):
-    monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__) or _module())
-
-
-def _module():
-    import types
-
-    module = types.ModuleType(__name__)
-    module.__dict__.update(globals())
-    return module
-
-
 def test_an_honest_function(files, tmp_path, capsys):
     found = run(files, tmp_path / "out", here("honest"))
     assert found["win_rate"] == pytest.approx(expected_rate())
