@@ -88,7 +88,7 @@ def make_pairs(
         texts = collections.Counter(
             tokenizer.decode(sampling.trim(row, eos_id, eot_id)) for row in tokens[i]
         )
-        scores = {text: _score(task, question, text) for text in texts}
+        scores = {text: task.number(question.where, question.record, text) for text in texts}
         totals += [scores[text] for text in texts.elements()]
         usable = {text: score for text, score in scores.items() if text.strip()}
         empty += sum(n for text, n in texts.items() if text not in usable)
@@ -105,12 +105,6 @@ def make_pairs(
         "without_contrast": without / len(questions),
         "empty": empty,
     }
-
-
-def _score(task: Task, question: Question, text: str) -> float:
-    """The main number of a response."""
-    value = next(iter(task.judge(question.where, question.record, text).values()))
-    return float(np.mean(value))
 
 
 def _pair(scores: dict[str, float], winner: str, loser: str) -> dict:

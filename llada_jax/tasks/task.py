@@ -89,6 +89,13 @@ class Task:
             for name, found in named.items()
         }
 
+    def number(self, where: str, record: dict, response: str) -> float:
+        """The main number of a response, the mean of its verdicts if there are several.
+
+        Raises ValueError as `judge` does.
+        """
+        return float(np.mean(next(iter(self.judge(where, record, response).values()))))
+
 
 def one_user_turn(text: str, template: str) -> str | list[dict]:
     """A prompt of one text: the user's turn, or the text itself for the template "plain"."""

@@ -8,11 +8,11 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from llada_jax import tasks
 from llada_jax.evaluate.judge import verdict
 from llada_jax.evaluate.judge.answers import Question
 from llada_jax.evaluate.judge.client import REQUEST, Client, RefusedError, read_address
 from llada_jax.files import load_function
-from llada_jax.tasks.scorer import load_scorer, score_response
 
 # Who is A in the game, and who is B.
 ORDERS = ("model_first", "baseline_first")
@@ -129,14 +129,14 @@ def _python(spec: str, options: Options) -> Judge:
 
 
 def _reward(spec: str, options: Options) -> Judge:
-    scorer = load_scorer(spec.partition(":")[2])
+    task = tasks.find(spec.partition(":")[2])
     known: dict[tuple[str, str], float] = {}  # each answer is in two games
 
     def reward(question, response):
         key = (question.digest, response)
         if key not in known:
             where = f"question {question.id!r}"
-            known[key] = score_response(scorer, where, question.record, response)
+            known[key] = task.number(where, question.record, response)
         return known[key]
 
     def rule(question, order):
