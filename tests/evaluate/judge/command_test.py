@@ -168,7 +168,7 @@ def test_a_judge_without_verdicts(files, tmp_path, capsys):
         (here("broken"), "question 'u0', model_first: the judge raised KeyError: 'oops'"),
         (here("absent"), "has no function absent"),
         ("python:honest", "not of the form module:function"),
-        ("reward:honest", "not of the form module:function"),
+        ("reward:honest", "is none of the tasks"),
         ("gpt-4", "--judge=gpt-4 is none of http://HOST:PORT/v1"),
         ("http://127.0.0.1:9/v1", "needs --judge_model"),
     ],
