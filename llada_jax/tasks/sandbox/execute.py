@@ -21,6 +21,7 @@ TMP_BYTES = 16 << 20
 OUTPUT_BYTES = 8 << 10
 _REPORT_BYTES = 4 << 10
 _START_SECONDS = 60  # for the interpreter and the namespaces, on a machine that is busy
+_END_SECONDS = 5
 _PIECE = 1 << 16
 _START = "import sys; sys.path.insert(0, sys.argv[1]); from inside import child; child.main()"
 # The user whom root becomes: far above those of people and systems, or the range that systemd
@@ -80,15 +81,37 @@ def execute(
             try:
                 report, output, late = _converse(child, job, token, timeout)
             finally:
-                # The group outlives its first process until that is waited for.
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child.pid, signal.SIGKILL)
+                _end(child, protection)
     if not report.startswith(harness.READY):
         lines = report.decode(errors="replace").split("\n")
         reason = next((line for line in reversed(lines) if line.strip()), "no answer")
         raise OSError(f"{protection}: {reason.strip()}")
     status, message = _verdict(report.removeprefix(harness.READY), token, late, timeout)
     return Result(status, message, output.decode(errors="replace"), protection)
+
+
+def _end(child: subprocess.Popen, protection: str) -> None:
+    """Kills the program, and whatever else is in its group."""
+    if protection in ("bubblewrap", "namespaces"):
+        # Only the first process of the namespace: the one outside then ends by itself, and takes
+        # the dead one with it. Otherwise that would stay, in a container whose init does not look.
+        for pid in _children(child.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(_END_SECONDS)
+            return
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+
+
+def _children(pid: int) -> list[int]:
+    """The numbers of a process's children, none if it has ended."""
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children") as f:
+            return [int(word) for word in f.read().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
 
 
 def _verdict(report: bytes, token: bytes, late: bool, timeout: int | float) -> tuple[str, str]:
