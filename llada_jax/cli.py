@@ -39,6 +39,7 @@ class Parser(argparse.ArgumentParser):
                 **settings,
             }
         )
+        self.default_command = ""  # the subcommand of a command line that begins with a flag
         self.keys: Callable[[Any], str] | None = None
         self._takers: list[argparse.ArgumentParser] = []
 
@@ -57,6 +58,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parses a command line; see the function `parse`."""
+        if self.default_command and argv and argv[0].startswith("--") and argv[0] != "--help":
+            argv = [self.default_command, *argv]
         if self.keys is None:
             return self.parse_args(argv)
         of_config, others = _split(argv)

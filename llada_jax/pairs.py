@@ -5,7 +5,8 @@ r"""Makes on-policy preference pairs: samples responses, scores them, writes win
 
 A scorer is a function (record: dict, response: str) -> float; a higher score is better. An example
 is `llada_jax.tasks.sudoku:score`. The scorer gets the record of the source with all its fields; the
-field `prompt` is the prompt. The output can be used as a source of preference records.
+field `prompt` is the prompt. Or it is a task, as gsm8k, which also makes prompts of its records.
+The output can be used as a source of preference records.
 """
 
 import argparse
@@ -17,12 +18,11 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from llada_jax import cli, metrics, sampling
+from llada_jax import cli, metrics, sampling, tasks
 from llada_jax.checkpoints import loading
-from llada_jax.data import templates
-from llada_jax.data.records import read_records
+from llada_jax.evaluate.questions import Question, encode, read_questions
 from llada_jax.files import write_jsonl
-from llada_jax.tasks import scorer as scorer_lib
+from llada_jax.tasks import Task
 
 
 def choose_pairs(
@@ -39,8 +39,8 @@ def choose_pairs(
 def make_pairs(
     logits_fn: Callable,
     tokenizer,
-    records: Sequence[tuple[str, dict, dict]],
-    scorer: Callable,
+    task: Task,
+    questions: Sequence[Question],
     *,
     template: str,
     samples: int,
@@ -54,23 +54,23 @@ def make_pairs(
     progress: Callable[[int, int], object] | None = None,
     **settings,
 ) -> tuple[list[dict], dict[str, float | int]]:
-    """Returns (pairs, counts) from `samples` responses to the prompt of each record.
+    """Returns (pairs, counts) from `samples` responses to each question.
 
-    `records` come from `records.read_records`. A pair is {prompt, chosen, rejected, chosen_score,
+    A pair is {prompt, chosen, rejected, chosen_score,
     rejected_score}, where `chosen` has the higher score. A response is the text up to EOS or EoT.
     Equal responses are scored once. Empty responses are not allowed in preference data: they count
     in the mean score, but are in no pair. `settings` go to `sampling.sample_responses`.
 
-    Raises ValueError if `samples` or `pairs_per_prompt` is too small, if there are no records, or
-    if a record's prompt and response do not fit in `max_length` tokens or the scorer cannot judge
-    it. The message names the record.
+    Raises ValueError if `samples` or `pairs_per_prompt` is too small, if there are no questions,
+    or if a prompt and its response do not fit in `max_length` tokens or the task cannot score it.
+    The message names the record.
     """
     for name, value, least in (("samples", samples, 2), ("pairs_per_prompt", pairs_per_prompt, 1)):
         if value < least:
             raise ValueError(f"{name}={value} must be at least {least}")
-    if not records:
+    if not questions:
         raise ValueError("there are no prompts; give a source that has some")
-    prompts = _encode(records, tokenizer, template, gen_length, max_length)
+    prompts = encode(tokenizer, task, questions, template, gen_length, max_length)
     tokens = sampling.sample_responses(
         logits_fn,
         [prompt for prompt in prompts for _ in range(samples)],
@@ -81,29 +81,36 @@ def make_pairs(
         key=jax.random.key(seed),
         progress=progress,
         **settings,
-    ).reshape(len(records), samples, gen_length)
+    ).reshape(len(questions), samples, gen_length)
 
     pairs, totals, empty, without = [], [], 0, 0
-    for i, (where, raw, normal) in enumerate(records):
+    for i, question in enumerate(questions):
         texts = collections.Counter(
             tokenizer.decode(sampling.trim(row, eos_id, eot_id)) for row in tokens[i]
         )
-        record = {**raw, **normal}
-        scores = {text: scorer_lib.score_response(scorer, where, record, text) for text in texts}
+        scores = {text: _score(task, question, text) for text in texts}
         totals += [scores[text] for text in texts.elements()]
         usable = {text: score for text, score in scores.items() if text.strip()}
         empty += sum(n for text, n in texts.items() if text not in usable)
         chosen = choose_pairs(usable, pairs_per_prompt, np.random.default_rng((seed, i)))
         without += not chosen
-        pairs += [normal | _pair(scores, winner, loser) for winner, loser in chosen]
+        pairs += [
+            {"prompt": question.prompt} | _pair(scores, winner, loser) for winner, loser in chosen
+        ]
     return pairs, {
-        "prompts": len(records),
+        "prompts": len(questions),
         "samples": len(totals),
         "pairs": len(pairs),
         "mean_score": float(np.mean(totals)),
-        "without_contrast": without / len(records),
+        "without_contrast": without / len(questions),
         "empty": empty,
     }
+
+
+def _score(task: Task, question: Question, text: str) -> float:
+    """The main number of a response."""
+    value = next(iter(task.judge(question.where, question.record, text).values()))
+    return float(np.mean(value))
 
 
 def _pair(scores: dict[str, float], winner: str, loser: str) -> dict:
@@ -115,26 +122,6 @@ def _pair(scores: dict[str, float], winner: str, loser: str) -> dict:
     }
 
 
-def _encode(
-    records: Sequence[tuple[str, dict, dict]],
-    tokenizer,
-    template: str,
-    gen_length: int,
-    max_length: int | None,
-) -> list[list[int]]:
-    """The ids of every prompt. Raises ValueError if one leaves no room for a response."""
-    prompts = []
-    for where, _, normal in records:
-        ids = templates.encode_prompt(tokenizer, normal["prompt"], template)
-        if max_length is not None and len(ids) + gen_length > max_length:
-            raise ValueError(
-                f"{where}: a prompt of {len(ids)} tokens and gen_length={gen_length} exceed the "
-                f"model's {max_length}; lower gen_length or leave the prompt out"
-            )
-        prompts.append(ids)
-    return prompts
-
-
 def parser() -> cli.Parser:
     """Returns the parser of the command's flags."""
     parser = cli.Parser("pairs", __doc__)
@@ -143,7 +130,7 @@ def parser() -> cli.Parser:
         "--prompts", required=True, help="jsonl:FILES, tfds:NAME or python:module:function"
     )
     parser.add_argument(
-        "--scorer", required=True, help="module:function, (record, response) -> float"
+        "--scorer", required=True, help="a task, or module:function, (record, response) -> float"
     )
     parser.add_argument("--out", required=True, help="FILE.jsonl or FILE.jsonl.gz")
     parser.add_argument("--samples", type=int, default=8, help="responses to each prompt")
@@ -165,17 +152,15 @@ def main(args: argparse.Namespace):
         raise ValueError(
             "--temperature=0 gives every sample of a prompt the same response; raise it"
         )
-    scorer = scorer_lib.load_scorer(args.scorer)
-    records = list(itertools.islice(read_records(args.prompts, "prompt"), args.limit or None))
-    if not records:
-        raise ValueError(f"--prompts={args.prompts} holds no records")
+    task = tasks.find(args.scorer)
+    questions = read_questions(task, args.prompts, args.template, limit=args.limit)
     logits_fn, config, tokenizer = loading.open_model(args.model, args.dtype, args.quantize)
-    with metrics.Progress(len(records) * args.samples, unit="sample", show=()) as progress:
+    with metrics.Progress(len(questions) * args.samples, unit="sample", show=()) as progress:
         pairs, counts = make_pairs(
             logits_fn,
             tokenizer,
-            records,
-            scorer,
+            task,
+            questions,
             template=args.template,
             samples=args.samples,
             pairs_per_prompt=args.pairs_per_prompt,

@@ -20,7 +20,7 @@ FLOORS = (
     {"tokenizer": "cli files"},
     # What a model is, what it reads, where it is kept.
     {"models": "", "data": "batch config files tokenizer"},
-    {"checkpoints": "files models tokenizer"},
+    {"checkpoints": "files models parallel tokenizer"},
     # What is done with a model.
     {
         "objectives": "batch config elbo losses noise",
@@ -30,7 +30,7 @@ FLOORS = (
     },
     {
         "variance": "batch elbo files losses metrics noise objectives",
-        "evaluate": "batch data files metrics objectives sampling tasks",
+        "evaluate": "batch data files metrics objectives parallel sampling tasks",
     },
     # The trainer, and what looks at it.
     {
@@ -45,7 +45,7 @@ FLOORS = (
     # Commands.
     {
         "convert": "checkpoints cli files",
-        "pairs": "checkpoints cli data files metrics sampling tasks",
+        "pairs": "checkpoints cli evaluate files metrics sampling tasks",
         "chat": "data sampling",
     },
 )

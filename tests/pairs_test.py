@@ -13,10 +13,10 @@ from helpers import refusal, run_command
 from llada_jax import convert, pairs, sampling, tokenizer
 from llada_jax.checkpoints import published
 from llada_jax.data.records import read_records
+from llada_jax.evaluate.questions import Question
 from llada_jax.models.llada import LLaDA, ModelConfig
 from llada_jax.sampling import __main__ as sampling_command
-from llada_jax.tasks import scorer as scorer_lib
-from llada_jax.tasks import sudoku
+from llada_jax.tasks import Task, sudoku
 from llada_jax.tokenizer import Tokenizer
 
 DIGITS, EOS, MASK, BOS = 10, 10, 11, 12  # ids 0 to 9 are the digits
@@ -46,14 +46,14 @@ SETTINGS = dict(
 )
 
 
-def make(scorer, records=None, **changes):
-    if records is None:
-        records = [
-            (f"file:{i}", {"question": f"1{i}", "answer": i}, {"prompt": f"1{i}"}) for i in range(6)
-        ]
+def make(scorer, questions=None, **changes):
+    if questions is None:
+        records = [{"answer": i, "prompt": f"1{i}"} for i in range(6)]
+        questions = [Question(str(i), f"file:{i}", r, r["prompt"]) for i, r in enumerate(records)]
+    task = Task(fields={}, score=scorer, settings={})
     arguments = dict(template="plain", samples=8, batch_size=10, seed=0, **SETTINGS)
     return pairs.make_pairs(
-        random_digits, DigitTokenizer(), records, scorer, **{**arguments, **changes}
+        random_digits, DigitTokenizer(), task, questions, **{**arguments, **changes}
     )
 
 
@@ -133,9 +133,9 @@ def test_choose_pairs_takes_all_combinations_and_no_more():
             lambda record, response: 1 / 0,
             "file:0: the scorer raised ZeroDivisionError: division by zero",
         ),
-        (lambda record, response: "0.5", "file:0: the scorer returned '0.5', not a finite number"),
-        (lambda record, response: None, "file:0: the scorer returned None"),
-        (lambda record, response: float("nan"), "file:0: the scorer returned nan"),
+        (lambda record, response: "0.5", "file:0: the scorer returned score='0.5', not a"),
+        (lambda record, response: None, "file:0: the scorer returned score=None"),
+        (lambda record, response: float("nan"), "file:0: the scorer returned score=nan"),
         (sudoku.score, "file:0: the scorer raised ValueError: not a 4x4 Sudoku puzzle: '10'"),
     ],
 )
@@ -147,7 +147,8 @@ def test_a_bad_scorer_is_named_with_its_record(scorer, message):
 
 @pytest.mark.parametrize("value", [True, 1, np.float32(0.5), np.bool_(True), 0.25])
 def test_numbers_are_scores(value):
-    assert scorer_lib.score_response(lambda record, response: value, "x", {}, "") == float(value)
+    task = Task(fields={}, score=lambda record, response: value, settings={})
+    assert task.judge("x", {}, "") == {"score": float(value)}
 
 
 @pytest.mark.parametrize(
@@ -155,27 +156,13 @@ def test_numbers_are_scores(value):
     [
         (dict(samples=1), "samples=1 must be at least 2"),
         (dict(pairs_per_prompt=0), "pairs_per_prompt=0"),
-        (dict(records=[]), "there are no prompts"),
-        (dict(max_length=6), "file:0: a prompt of 3 tokens and gen_length=4 exceed the model's 6"),
+        (dict(questions=[]), "there are no prompts"),
+        (dict(max_length=6), "file:0: a prompt of 3 tokens and gen_length=4 exceed the 6 that"),
     ],
 )
 def test_bad_arguments_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         make(digit_sum, **changes)
-
-
-@pytest.mark.parametrize(
-    "spec, message",
-    [
-        ("llada_jax.tasks.sudoku", "is not of the form module:function"),
-        ("no_such_module:score", "No module named 'no_such_module'"),
-        ("llada_jax.tasks.sudoku:no_score", "has no function no_score"),
-        ("llada_jax.tasks.sudoku:UNITS", "has no function UNITS"),
-    ],
-)
-def test_bad_scorer_names(spec, message):
-    with pytest.raises(ValueError, match=message):
-        scorer_lib.load_scorer(spec)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from llada_jax.checkpoints import orbax
 from llada_jax.checkpoints.published import floating, param_shapes, read_folder
 from llada_jax.files import is_remote
 from llada_jax.models import quantized
+from llada_jax.parallel import mesh as mesh_lib
 
 
 def load(path: epath.PathLike, dtype=None, shardings=None, quantize: str | None = None):
@@ -102,8 +103,11 @@ def home_of(path: epath.Path) -> epath.Path | None:
     return absolute.parent.parent / "model" if is_step else None
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of a model that is sampled from: those of `open_model`."""
+def add_flags(parser: argparse.ArgumentParser, data_parallel: int | None = None) -> None:
+    """Adds the flags of a model that is sampled from: those of `open_model`.
+
+    data_parallel: also adds the flags of `open_split`, with this default of --data_parallel.
+    """
     parser.add_argument(
         "--model",
         required=True,
@@ -113,6 +117,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantize", choices=quantized.KINDS, help="the weights of layers and head in 8 bits"
     )
+    if data_parallel is None:
+        return
+    for name, default, text in (
+        (
+            "data_parallel",
+            data_parallel,
+            "split the rows over so many devices; -1: all there are",
+        ),
+        ("fsdp", 1, "split the parameters, and the rows, over so many devices"),
+        ("tensor", 1, "split the heads and the MLP over so many devices"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, help=text)
 
 
 def open_model(path: str, dtype=None, quantize: str | None = None, shardings=None):
@@ -120,6 +136,35 @@ def open_model(path: str, dtype=None, quantize: str | None = None, shardings=Non
     model, params = load(path, dtype, shardings, quantize)
     logits_fn = Partial(model.apply, {"params": params})
     return logits_fn, model.config, tokenizer_lib.load(model_folder(path))
+
+
+def mesh_of(args: argparse.Namespace, batch_size: int) -> jax.sharding.Mesh | None:
+    """The mesh of devices of this host that the flags ask for; None: the first device alone.
+
+    Raises ValueError if there are fewer devices, or if the rows cannot be split over them.
+    """
+    devices = jax.local_devices()
+    rest = args.fsdp * args.tensor
+    data = len(devices) // rest if args.data_parallel == -1 and rest > 0 else args.data_parallel
+    asked = f"--data_parallel={args.data_parallel} --fsdp={args.fsdp} --tensor={args.tensor}"
+    if min(data, args.fsdp, args.tensor) < 1 or data * rest > len(devices):
+        raise ValueError(f"{asked} do not fit the {len(devices)} devices of this host: lower them")
+    if data * rest == 1:
+        return None
+    if batch_size % (data * args.fsdp):
+        raise ValueError(
+            f"--batch_size={batch_size} is no multiple of the {data * args.fsdp} parts of the rows "
+            f"({asked}): change it"
+        )
+    return mesh_lib.make_mesh(data, args.fsdp, args.tensor, devices[: data * rest])
+
+
+def open_split(args: argparse.Namespace, mesh: jax.sharding.Mesh | None):
+    """Opens the model of the flags, split over a mesh; returns what `open_model` does."""
+    shardings = None
+    if mesh is not None:
+        shardings = mesh_lib.shardings(mesh, models.boxed_shapes(read_config(args.model)))
+    return open_model(args.model, args.dtype, args.quantize, shardings)
 
 
 def special_ids(config, tokenizer) -> dict[str, int | None]:

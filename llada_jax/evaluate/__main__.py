@@ -1,5 +1,8 @@
-"""Judges a model; writes its results to files that a later run continues.
+"""Judges models, each task by one command.
 
+python -m llada_jax.evaluate --model=DIR --tasks=gsm8k,humaneval --out=DIR    answer and score
+python -m llada_jax.evaluate score --task=gsm8k --responses=FILE.jsonl --out=FILE.json
+python -m llada_jax.evaluate compare A B                     paired differences of two results
 python -m llada_jax.evaluate passes --model=DIR --out=DIR    accuracy against forward passes
 """
 
@@ -7,14 +10,32 @@ import argparse
 import sys
 
 from llada_jax import cli
-from llada_jax.checkpoints import loading
-from llada_jax.evaluate import passes
+from llada_jax.checkpoints import hashing, loading
+from llada_jax.evaluate import compare, passes, plan, run, score
+from llada_jax.evaluate.answers import Model
+from llada_jax.parallel import hosts
 
 
 def parser() -> cli.Parser:
     """Returns the parser of the command's flags."""
     parser = cli.Parser("evaluate", __doc__)
+    parser.default_command = "run"
     commands = parser.add_subparsers(dest="command", required=True)
+    runs = commands.add_parser("run", help="answer the questions of tasks and score (the default)")
+    loading.add_flags(runs, data_parallel=-1)
+    plan.add_flags(runs)
+    runs.add_argument("--out", required=True, help="folder of results; a later run continues it")
+    runs.add_argument("--batch_size", type=int, default=16, help="questions answered at a time")
+    hosts.add_flags(runs)
+    scores = commands.add_parser("score", help="score responses made elsewhere")
+    score.add_flags(scores)
+    for each in (runs, scores):
+        each.add_argument(
+            "--unsafe",
+            action="store_true",
+            help="run generated programs even where nothing protects this machine",
+        )
+    compare.add_flags(commands.add_parser("compare", help="paired differences of two results"))
     of_passes = commands.add_parser("passes", help="accuracy and passes of every rule, as curves")
     loading.add_flags(of_passes)
     passes.add_flags(of_passes)
@@ -23,9 +44,28 @@ def parser() -> cli.Parser:
 
 def main(args: argparse.Namespace):
     """Runs the command."""
+    {"run": _run, "score": score.run, "compare": compare.run, "passes": _passes}[args.command](args)
+
+
+def _run(args: argparse.Namespace):
+    plans = plan.plans(args)
+    hosts.initialize(args.coordinator_address, args.num_processes, args.process_id)
+    mesh = loading.mesh_of(args, args.batch_size)
+    logits_fn, config, tokenizer = loading.open_split(args, mesh)
+    special = loading.special_ids(config, tokenizer)
+    about = {name: getattr(args, name) for name in ("model", "dtype", "quantize")}
+    about |= {
+        "fingerprint": hashing.fingerprint(logits_fn.args),
+        "tokenizer": tokenizer.fingerprint,
+    }
+    model = Model(logits_fn, tokenizer, special, config.max_sequence_length, mesh)
+    run.run(args, plans, model, about)
+
+
+def _passes(args: argparse.Namespace):
     logits_fn, config, tokenizer = loading.open_model(args.model, args.dtype, args.quantize)
     special = loading.special_ids(config, tokenizer)
-    passes.run(args, logits_fn, tokenizer, special, config.max_sequence_length)
+    passes.run(args, Model(logits_fn, tokenizer, special, config.max_sequence_length))
 
 
 if __name__ == "__main__":

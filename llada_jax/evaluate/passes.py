@@ -6,25 +6,23 @@ pass writes. Rules and caches are those of the sampler's tables.
 """
 
 import argparse
-import dataclasses
-import importlib
 import itertools
-import json
-import os
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from llada_jax import metrics, sampling
-from llada_jax.data.records import read_records
-from llada_jax.data.templates import encode_prompt
+from llada_jax import metrics, sampling, tasks
+from llada_jax.evaluate import lines
+from llada_jax.evaluate.answers import Model
 from llada_jax.evaluate.passes_picture import draw
-from llada_jax.files import is_remote, write_whole
+from llada_jax.evaluate.questions import Question, encode, read_questions
+from llada_jax.evaluate.summary import judge_all, summarise
+from llada_jax.files import write_whole
 from llada_jax.sampling.flags import FLAGS
-from llada_jax.tasks.scorer import load_scorer, score_response
+from llada_jax.tasks import Task
 
 # The values of a rule's number. A number without an entry takes ANY, or WHOLE if it is an integer.
 SWEEPS = {
@@ -59,11 +57,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that `run` reads."""
     parser.add_argument("--out", required=True, help="folder of passes.jsonl and passes.png")
     parser.add_argument(
-        "--task", default="sudoku", help="a file of llada_jax/tasks, or a module that has the same"
+        "--task",
+        default="sudoku",
+        help=f"one of {', '.join(tasks.TASKS)}, a module with a TASK, or module:function",
     )
-    parser.add_argument(
-        "--records", default="count=500&split=heldout", help="arguments of the task's records"
-    )
+    parser.add_argument("--data", help="the task's records, as jsonl:FILE; default: its own")
     parser.add_argument("--template", choices=("chat", "plain"), default="plain")
     parser.add_argument("--gen_length", type=int, default=16, help="tokens of the response")
     parser.add_argument("--block_length", type=int, default=8)
@@ -133,54 +131,37 @@ def aup(curve: Iterable[tuple[float, float]], best: float) -> float:
     return float(area)
 
 
-@dataclasses.dataclass
-class Task:
-    """Prompts, and the judge of their responses."""
-
-    prompts: list[list[int]]
-    judge: Callable[[int, str], float]  # (index of the prompt, response) -> score
-
-    @classmethod
-    def open(cls, name: str, arguments: str, template: str, tokenizer) -> "Task":
-        """Opens a module that has `records` and `score`. Raises ValueError if there is none."""
-        module = name if "." in name else f"llada_jax.tasks.{name}"
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            raise ValueError(f"--task={name}: {error}; name a file of llada_jax/tasks") from None
-        scorer = load_scorer(f"{module}:score")
-        source = f"python:{module}:records" + (f"?{arguments}" if arguments else "")
-        records = list(read_records(source, "prompt"))
-        if not records:
-            raise ValueError(f"--task={name} --records={arguments}: there are no records")
-
-        def judge(index, text):
-            where, raw, normal = records[index]
-            return score_response(scorer, where, {**raw, **normal}, text)
-
-        prompts = [encode_prompt(tokenizer, normal["prompt"], template) for *_, normal in records]
-        return cls(prompts, judge)
-
-
-def measure(point: Point, logits_fn, task: Task, tokenizer, special: dict, batch_size: int) -> dict:
-    """Answers all prompts of a task. Returns accuracy, its standard error, passes and tokens.
+def measure(
+    point: Point, task: Task, questions: list[Question], model: Model, args: argparse.Namespace
+) -> dict:
+    """Answers all questions. Returns accuracy, its standard error, passes and tokens.
 
     `tokens_per_pass` is the number of tokens of all responses, up to EOS or EoT, divided by their
     forward passes: those in which a row was not yet complete. Full and cached passes count alike.
+    args: template and batch_size.
     """
     began = time.monotonic()
-    scores, tokens, passes = np.zeros(len(task.prompts)), 0, 0
-    found = sampling.respond(
-        logits_fn, task.prompts, batch_size=batch_size, **special, **point.settings
+    gen_length = point.settings["gen_length"]
+    prompts = encode(model.tokenizer, task, questions, args.template, gen_length, model.longest)
+    texts, tokens, passes = [""] * len(prompts), 0, 0
+    found = sampling.respond_in_words(
+        model.logits_fn,
+        prompts,
+        model.tokenizer,
+        batch_size=args.batch_size,
+        **model.special,
+        **point.settings,
     )
-    for response in found:
-        ids = sampling.trim(response.tokens, special["eos_id"], special["eot_id"])
-        scores[response.index] = task.judge(response.index, tokenizer.decode(ids))
+    for response, text in found:
+        ids = sampling.trim(response.tokens, model.special["eos_id"], model.special["eot_id"])
+        texts[response.index] = text
         tokens, passes = tokens + len(ids), passes + response.passes
-    error = scores.std(ddof=1) / np.sqrt(len(scores)) if len(scores) > 1 else np.nan
+    responses = [(q.where, q.record, text) for q, text in zip(questions, texts, strict=True)]
+    verdicts = judge_all(task, responses)
+    result = summarise({q.id: [verdict] for q, verdict in zip(questions, verdicts, strict=True)})
     return {
-        "accuracy": float(scores.mean()),
-        "accuracy_stderr": None if np.isnan(error) else float(error),
+        "accuracy": result["mean"],
+        "accuracy_stderr": result["stderr"],
         "tokens_per_pass": tokens / passes,
         "passes": passes,
         "seconds": round(time.monotonic() - began, 3),
@@ -192,38 +173,31 @@ def read(path: pathlib.Path, about: dict) -> list[dict]:
 
     Raises ValueError if the file is not of the same model, task and lengths.
     """
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    try:
-        lines = [json.loads(line) for line in whole.splitlines()]
-        wrong = next((line["about"] for line in lines if line["about"] != about), None)
-    except (ValueError, LookupError, TypeError):
-        raise ValueError(f"{path} is not a file of this command: give another --out") from None
-    if wrong:
-        names = [name for name in about if wrong.get(name) != about[name]]
+    found = lines.read(path)
+    wrong = next((line.get("about") for line in found if line.get("about") != about), about)
+    if not isinstance(wrong, dict):
+        raise ValueError(f"{path} is not a file of this command: give another --out")
+    names = [name for name in about if wrong.get(name) != about[name]]
+    if names:
         was, now = ({name: x.get(name) for name in names} for x in (wrong, about))
         raise ValueError(f"{path} is of {was}, not of {now}: give another --out")
-    if whole != content:
-        os.truncate(path, len(whole))
-    return lines
+    return found
 
 
-def curves(lines: list[dict]) -> dict[tuple[str, str], list[dict]]:
+def curves(measured: list[dict]) -> dict[tuple[str, str], list[dict]]:
     """The lines of each (cache, rule), by tokens per pass."""
     found: dict[tuple[str, str], list[dict]] = {}
-    for line in lines:
+    for line in measured:
         found.setdefault((line["cache"], line["rule"]), []).append(line)
     return {k: sorted(v, key=lambda line: line["tokens_per_pass"]) for k, v in found.items()}
 
 
-def areas(lines: list[dict]) -> dict[tuple[str, str], float]:
+def areas(measured: list[dict]) -> dict[tuple[str, str], float]:
     """The `aup` of each curve; the best accuracy is that of all lines."""
-    best = 100 * max(line["accuracy"] for line in lines)
+    best = 100 * max(line["accuracy"] for line in measured)
     return {
         key: aup([(line["tokens_per_pass"], 100 * line["accuracy"]) for line in curve], best)
-        for key, curve in curves(lines).items()
+        for key, curve in curves(measured).items()
     }
 
 
@@ -239,39 +213,30 @@ def _chosen(args: argparse.Namespace) -> list[Point]:
     return list(points(wanted["rule"], wanted["cache"], shape))
 
 
-def run(args: argparse.Namespace, logits_fn, tokenizer, special: dict, longest: int) -> None:
-    """Measures what is missing in passes.jsonl, prints the areas, and draws passes.png.
-
-    longest: tokens that the model takes.
-    """
-    if is_remote(args.out):
-        raise ValueError(f"--out={args.out}: lines are appended, so it must be a local folder")
+def run(args: argparse.Namespace, model: Model) -> None:
+    """Measures what is missing in passes.jsonl, prints the areas, and draws passes.png."""
+    out = lines.folder(args.out)
     wanted = _chosen(args)
-    task = Task.open(args.task, args.records, args.template, tokenizer)
-    needed = max(map(len, task.prompts)) + args.gen_length
-    if needed > longest:
-        raise ValueError(
-            f"the longest prompt and --gen_length={args.gen_length} are {needed} tokens, the model"
-            f" takes {longest}: lower it"
-        )
-    names = ("model", "dtype", "quantize", "task", "records", "template")
-    names += ("gen_length", "block_length")
-    about = {name: getattr(args, name) for name in names}
-    out = pathlib.Path(args.out).expanduser()
-    out.mkdir(parents=True, exist_ok=True)
-    lines = read(out / "passes.jsonl", about)
-    done = [Point(line["rule"], line["cache"], line["settings"]) for line in lines]
+    task = tasks.find(args.task)
+    source = args.data or task.source
+    if not source:
+        raise ValueError(f"{args.task} has no records of its own: give --data=jsonl:FILE")
+    questions = read_questions(task, source, args.template)
+    encode(model.tokenizer, task, questions, args.template, args.gen_length, model.longest)
+    names = ("model", "dtype", "quantize", "task", "template", "gen_length", "block_length")
+    about = {name: getattr(args, name) for name in names} | {"data": source}
+    found = read(out / "passes.jsonl", about)
+    done = [Point(line["rule"], line["cache"], line["settings"]) for line in found]
     missing = [point for point in wanted if point not in done]
     first = len(wanted) - len(missing)
     with metrics.Progress(len(wanted), first, unit="point", show=(), every=2) as progress:
         progress.update(first)
         for count, point in enumerate(missing, first + 1):
-            found = measure(point, logits_fn, task, tokenizer, special, args.batch_size)
-            lines.append(point._asdict() | found | {"about": about})
-            with (out / "passes.jsonl").open("a") as file:
-                file.write(json.dumps(lines[-1]) + "\n")
+            measured = measure(point, task, questions, model, args)
+            found.append(point._asdict() | measured | {"about": about})
+            lines.append(out / "passes.jsonl", found[-1])
             progress.update(count)
-    found = areas(lines)
-    for (cache, rule), area in sorted(found.items(), key=lambda item: -item[1]):
+    found_areas = areas(found)
+    for (cache, rule), area in sorted(found_areas.items(), key=lambda item: -item[1]):
         print(f"AUP {area:6.1f}  {rule}, cache {cache}")
-    write_whole(out / "passes.png", draw(curves(lines), found))
+    write_whole(out / "passes.png", draw(curves(found), found_areas))

@@ -1,52 +1,44 @@
-"""The mean score of a model's responses to prompts."""
+"""The mean score of a model's responses to the questions of a task."""
 
-import functools
-from collections.abc import Callable
-
-import numpy as np
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from llada_jax import sampling
-from llada_jax.data import templates
-from llada_jax.tasks.scorer import score_response
+from llada_jax.evaluate.questions import Question, encode
+from llada_jax.evaluate.summary import judge_all, summarise
+from llada_jax.tasks import Task
 
 
 def solve_rate(
     logits_fn: Callable,
-    records: list[tuple[str, dict, dict]],
+    task: Task,
+    questions: Sequence[Question],
     tokenizer,
-    scorer: Callable[[dict, str], float],
     *,
     template: str,
-    batch_size: int,
     progress: Callable[[int, int], object] | None = None,
     **sampler,
 ) -> dict[str, float]:
-    """Generates one response to each prompt; returns their mean score with its standard error.
+    """Generates one response to each question; returns their mean score with its standard error.
 
-    `records` are (where, raw record, normalised record). `sampler` are arguments of
-    `sampling.sample_responses`; the default temperature is 0. The metrics are "solve/rate",
-    "solve/rate_stderr" (nan for one record) and "solve/count". Raises ValueError, which names the
-    record, if the scorer cannot judge a response.
+    `sampler` are arguments of `sampling.respond_in_words`; the default temperature is 0. The
+    metrics are "solve/rate", "solve/rate_stderr" (nan for one question) and "solve/count".
+    progress(done, N) is called after each response. Raises ValueError, which names the record, if
+    the task cannot score a response.
     """
-    prompts = [
-        templates.encode_prompt(tokenizer, prompt["prompt"], template) for _, _, prompt in records
-    ]
-    responses = sampling.sample_responses(
-        logits_fn, prompts, batch_size=batch_size, progress=progress, **sampler
-    )
-    trim = functools.partial(
-        sampling.trim, eos_id=sampler.get("eos_id"), eot_id=sampler.get("eot_id")
-    )
-    texts = [tokenizer.decode(trim(response)) for response in np.asarray(responses)]
-    scores = np.array(
-        [
-            score_response(scorer, where, {**raw, **prompt}, text)
-            for (where, raw, prompt), text in zip(records, texts, strict=True)
-        ]
-    )
-    spread = scores.std(ddof=1) / np.sqrt(len(scores)) if len(scores) > 1 else np.nan
+    prompts = encode(tokenizer, task, questions, template, sampler["gen_length"], None)
+    texts: list[Any] = [None] * len(prompts)
+    found = sampling.respond_in_words(logits_fn, prompts, tokenizer, **sampler)
+    for done, (response, text) in enumerate(found, 1):
+        texts[response.index] = text
+        if progress:
+            progress(done, len(prompts))
+    responses = [(q.where, q.record, text) for q, text in zip(questions, texts, strict=True)]
+    verdicts = judge_all(task, responses)
+    result = summarise({q.id: [verdict] for q, verdict in zip(questions, verdicts, strict=True)})
     return {
-        "solve/rate": float(scores.mean()),
-        "solve/rate_stderr": float(spread),
-        "solve/count": len(scores),
+        "solve/rate": result["mean"],
+        "solve/rate_stderr": math.nan if result["stderr"] is None else result["stderr"],
+        "solve/count": result["n"],
     }

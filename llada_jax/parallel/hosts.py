@@ -1,5 +1,6 @@
 """Processes of one run on many hosts: join them, print on the first one, end with an error."""
 
+import argparse
 import importlib.util
 import os
 import pathlib
@@ -15,6 +16,13 @@ _EXPLICIT = {
     "num_processes": "JAX_NUM_PROCESSES",
     "process_id": "JAX_PROCESS_ID",
 }
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `initialize`."""
+    parser.add_argument("--coordinator_address", help="several processes: HOST:PORT of process 0")
+    parser.add_argument("--num_processes", type=int, help="several processes: how many")
+    parser.add_argument("--process_id", type=int, help="several processes: which one this is")
 
 
 def initialize(

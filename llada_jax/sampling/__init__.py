@@ -13,6 +13,7 @@ from llada_jax.sampling.responses import (
 from llada_jax.sampling.revoke import REVOKES, Revoke, Written
 from llada_jax.sampling.sampler import generate, lower, stream
 from llada_jax.sampling.settings import Settings, check_schedule
+from llada_jax.sampling.texts import respond_in_words
 from llada_jax.sampling.trace import Trace
 from llada_jax.sampling.unmasking import COMMITS, CONFIDENCES, Commit, Confidence, Row
 
@@ -38,6 +39,7 @@ __all__ = [
     "lower",
     "prompt_width",
     "respond",
+    "respond_in_words",
     "sample_responses",
     "settings_of",
     "stream",

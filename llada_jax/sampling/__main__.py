@@ -19,7 +19,7 @@ import time
 import jax
 import numpy as np
 
-from llada_jax import cli, metrics, models
+from llada_jax import cli, metrics
 from llada_jax.checkpoints import loading
 from llada_jax.data.records import read_records
 from llada_jax.data.templates import encode_prompt
@@ -27,7 +27,8 @@ from llada_jax.files import is_remote, write_whole
 from llada_jax.parallel import mesh as mesh_lib
 from llada_jax.sampling import picture
 from llada_jax.sampling.flags import add_flags, settings_of
-from llada_jax.sampling.responses import respond, trim
+from llada_jax.sampling.responses import trim
+from llada_jax.sampling.texts import respond_in_words
 
 TEMPLATES = ("chat", "plain", "raw")
 
@@ -35,7 +36,7 @@ TEMPLATES = ("chat", "plain", "raw")
 def parser() -> cli.Parser:
     """Returns the parser of the command's flags."""
     parser = cli.Parser("sampling", __doc__)
-    loading.add_flags(parser)
+    loading.add_flags(parser, data_parallel=1)
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", action="append", help="give it again for more prompts")
     prompts.add_argument(
@@ -56,15 +57,6 @@ def parser() -> cli.Parser:
     parser.add_argument(
         "--stop", action="append", default=[], help="end a response before this text; repeatable"
     )
-    parser.add_argument(
-        "--fsdp",
-        type=int,
-        default=1,
-        help="split the parameters, and the rows, over so many devices",
-    )
-    parser.add_argument(
-        "--tensor", type=int, default=1, help="split the heads and the MLP over so many devices"
-    )
     parser.add_argument("--seed", type=int, default=0)
     add_flags(parser)
     return parser
@@ -83,27 +75,21 @@ def main(args: argparse.Namespace):
         print(f"{args.out} has all {len(lines)} responses")
         return
 
-    mesh = _mesh(args)
-    logits_fn, config, tokenizer = _open(args, mesh)
+    mesh = loading.mesh_of(args, args.batch_size)
+    logits_fn, config, tokenizer = loading.open_split(args, mesh)
     special = loading.special_ids(config, tokenizer)
     missing = [i for i in range(len(prompts)) if i not in lines]
     ids = [_encode(tokenizer, prompts[i], args.template) for i in missing]
     _check_room(max(map(len, ids)), args.gen_length, config.max_sequence_length)
 
-    def text_of(tokens) -> str:
-        return tokenizer.decode(trim(tokens, special["eos_id"], special["eot_id"]))
-
-    def stop(tokens: list[int]) -> bool:
-        text = text_of(tokens)
-        return any(word in text for word in args.stop)
-
-    found = respond(
+    found = respond_in_words(
         logits_fn,
         ids,
+        tokenizer,
+        stop=args.stop,
         batch_size=args.batch_size,
         key=jax.random.key(args.seed),
         row_ids=missing,
-        stop=stop if args.stop else None,
         row_sharding=None if mesh is None else mesh_lib.rows(mesh),
         **special,
         **settings,
@@ -116,37 +102,13 @@ def main(args: argparse.Namespace):
             progress = metrics.Progress(len(prompts), len(lines), unit="response", show=(), every=5)
             stack.enter_context(progress)
         write = _Writer(args.out, prompts, lines, about, progress)
-        for response in found:
+        for response, text in found:
             index = missing[response.index]
-            text = _before(text_of(response.tokens), args.stop)
             write(index, text, response.passes)
             if render and index == missing[0]:
                 words = _picture(render, response, tokenizer, special, prompts[index])
                 write_whole(args.picture, words)
         write.close()
-
-
-def _mesh(args: argparse.Namespace):
-    """The mesh of all devices, or None if the model is on one device."""
-    if args.fsdp == args.tensor == 1:
-        return None
-    mesh = mesh_lib.make_mesh(fsdp=args.fsdp, tensor=args.tensor)
-    parts = mesh_lib.row_shards(mesh)
-    if args.batch_size % parts:
-        raise ValueError(
-            f"--batch_size={args.batch_size} is no multiple of the {parts} parts of the rows: "
-            "devices / --tensor"
-        )
-    return mesh
-
-
-def _open(args: argparse.Namespace, mesh):
-    """(logits_fn, config, tokenizer) of the model, split over a mesh if there is one."""
-    shardings = None
-    if mesh is not None:
-        boxed = models.boxed_shapes(loading.read_config(args.model))
-        shardings = mesh_lib.shardings(mesh, boxed)
-    return loading.open_model(args.model, args.dtype, args.quantize, shardings)
 
 
 def _check_room(prompt: int, gen_length: int, most: int):
@@ -155,12 +117,6 @@ def _check_room(prompt: int, gen_length: int, most: int):
             f"the longest prompt and gen_length={gen_length} are {prompt + gen_length} tokens, the "
             f"model takes {most}: lower --gen_length or shorten the prompt"
         )
-
-
-def _before(text: str, stops: list[str]) -> str:
-    """The text before the first of the stop strings."""
-    ends = [text.find(stop) for stop in stops if stop in text]
-    return text[: min(ends)] if ends else text
 
 
 class _Writer:

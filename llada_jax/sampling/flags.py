@@ -50,7 +50,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds one flag for each setting of the sampler. `settings_of` reads them back."""
     for name, (kind, text) in FLAGS.items():
         if kind is bool:
-            parser.add_argument(f"--{name}", action="store_true", help=text)
+            parser.add_argument(
+                f"--{name}", action=argparse.BooleanOptionalAction, default=False, help=text
+            )
         elif isinstance(kind, dict):
             parser.add_argument(f"--{name}", choices=tuple(kind), default=default(name), help=text)
         else:

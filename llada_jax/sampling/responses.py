@@ -96,6 +96,9 @@ def respond(
     settings |= dict(gen_length=longest, key=key)
     # Masks in a prompt compete with the response: these prompts have a sampler of their own.
     has_mask = np.array([settings.get("mask_id") in np.asarray(p) for p in prompts], bool)
+    parts = 1
+    if row_sharding is not None:
+        parts = batch_size // row_sharding.shard_shape((batch_size,))[0]
     for group in (np.flatnonzero(~has_mask), np.flatnonzero(has_mask)):
         for width, chosen in buckets([len(prompts[i]) for i in group], batch_size):
             indices = [int(group[i]) for i in chosen]
@@ -106,7 +109,7 @@ def respond(
                 width=width,
                 padded=any(len(prompts[i]) != width for i in indices),
                 pad_id=pad_id,
-                size=min(batch_size, len(indices)) if row_sharding is None else batch_size,
+                size=min(batch_size, -(-len(indices) // parts) * parts),
                 sharding=row_sharding,
             )
             yield from _serve(logits_fn, queue, indices, stop, settings)

@@ -3,10 +3,14 @@
 import importlib
 
 from llada_jax.files import load_function
-from llada_jax.tasks import gsm8k, sudoku
+from llada_jax.tasks import countdown, gsm8k, sudoku
 from llada_jax.tasks.task import Score, Settings, Task
 
-TASKS: dict[str, Task] = {"gsm8k": gsm8k.TASK, "sudoku": sudoku.TASK}
+TASKS: dict[str, Task] = {
+    "countdown": countdown.TASK,
+    "gsm8k": gsm8k.TASK,
+    "sudoku": sudoku.TASK,
+}
 
 __all__ = ["TASKS", "Score", "Settings", "Task", "find"]
 

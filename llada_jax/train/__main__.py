@@ -22,9 +22,7 @@ def parser() -> cli.Parser:
         help="where checkpoints, metrics and packed rows go; the same one continues its run",
     )
     parser.add_argument("--dry_run", action="store_true", help="check, print what would run, end")
-    parser.add_argument("--coordinator_address", help="several processes: HOST:PORT of process 0")
-    parser.add_argument("--num_processes", type=int, help="several processes: how many")
-    parser.add_argument("--process_id", type=int, help="several processes: which one this is")
+    hosts.add_flags(parser)
     return parser
 
 

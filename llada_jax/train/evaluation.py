@@ -5,10 +5,10 @@ import math
 
 import jax
 
+from llada_jax import tasks
 from llada_jax.evaluate import heldout, responses
 from llada_jax.parallel import mesh as mesh_lib
 from llada_jax.parallel.stop import Stop
-from llada_jax.tasks import scorer
 from llada_jax.train.experiment import Experiment
 from llada_jax.train.reference import Policy
 from llada_jax.variance.heldout import score_variance
@@ -76,9 +76,9 @@ class Evaluation:
         plan, tokenizer = self._plan, self._plan.tokenizer
         return responses.solve_rate(
             jax.tree_util.Partial(plan.model.apply, {"params": params}),
+            tasks.find(plan.solve.scorer),
             plan.prompts,
             tokenizer,
-            scorer.load_scorer(plan.solve.scorer),
             template=plan.data.packing.template,
             batch_size=plan.solve.batch_size,
             progress=lambda done, count: self._stop.check(),

@@ -7,7 +7,6 @@ device.
 import contextlib
 import dataclasses
 import functools
-import itertools
 from typing import Any
 
 import flax.linen as nn
@@ -16,22 +15,20 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from llada_jax import models, sampling
+from llada_jax import models, sampling, tasks
 from llada_jax import tokenizer as tokenizer_lib
 from llada_jax.checkpoints import loading
 from llada_jax.data import batches as batches_lib
 from llada_jax.data import rows as rows_lib
-from llada_jax.data import templates
 from llada_jax.data.batches import Loader
-from llada_jax.data.records import read_records
 from llada_jax.data.rows import Rows
 from llada_jax.data.synthetic import SyntheticRows
+from llada_jax.evaluate.questions import Question, encode, read_questions
 from llada_jax.models import attention as attention_lib
 from llada_jax.objectives import Objective, Reference
 from llada_jax.parallel import agree, hosts
 from llada_jax.parallel import mesh as mesh_lib
 from llada_jax.parallel.split import Parallel
-from llada_jax.tasks import scorer
 from llada_jax.tokenizer import Tokenizer
 from llada_jax.train import optim
 from llada_jax.train import settings as settings_lib
@@ -60,7 +57,7 @@ class Experiment:
     tokenizer: Tokenizer | None  # None only in a dry run
     rows: Rows | None  # None only in a dry run
     heldout: Rows | None  # None: nothing is held out
-    prompts: list | None  # prompts to answer at each evaluation; None: none
+    prompts: list[Question] | None  # answered at each evaluation; None: none
 
     @property
     def mesh(self) -> Mesh:
@@ -358,36 +355,25 @@ def _naming(key: str):
         raise kind(f"{key}: {error}") from error
 
 
-def _prompts(s: Settings, tokenizer, config: Any) -> tuple[list, int]:
-    """Returns (prompt records, length of the rows that the sampler uses for them).
+def _prompts(s: Settings, tokenizer, config: Any) -> tuple[list[Question], int]:
+    """Returns (questions, length of the rows that the sampler uses for them).
 
     The length is 0 without a tokenizer. Raises ValueError if there are no records, or if a prompt
     and its response are longer than the model allows.
     """
-    with _naming("config.solve.scorer"):
-        scorer.load_scorer(s.solve.scorer)
-    with _naming("config.solve.prompts"):
-        records = read_records(s.solve.prompts, "prompt")
-        prompts = list(itertools.islice(records, s.solve.limit or None))
-    if not prompts:
-        raise ValueError(
-            f"config.solve.prompts={s.solve.prompts} holds no record; give one that does, or none"
-        )
-    if not tokenizer:
-        return prompts, 0
     template, gen_length = s.data.packing.template, s.solve.gen_length
-    lengths = [
-        len(templates.encode_prompt(tokenizer, prompt["prompt"], template))
-        for _, _, prompt in prompts
-    ]
-    for (where, _, _), length in zip(prompts, lengths, strict=True):
-        if length + gen_length > config.max_sequence_length:
-            raise ValueError(
-                f"{where}: a prompt of {length} tokens and solve.gen_length={gen_length} exceed "
-                f"the model's max_sequence_length={config.max_sequence_length}: lower it or leave "
-                "the prompt out"
-            )
-    return prompts, sampling.prompt_width(lengths) + gen_length
+    with _naming("config.solve.scorer"):
+        task = tasks.find(s.solve.scorer)
+    with _naming("config.solve.prompts"):
+        questions = read_questions(task, s.solve.prompts, template, limit=s.solve.limit)
+    if not tokenizer:
+        return questions, 0
+    with _naming("config.solve"):
+        prompts = encode(
+            tokenizer, task, questions, template, gen_length, config.max_sequence_length
+        )
+    lengths = [len(ids) for ids in prompts]
+    return questions, sampling.prompt_width(lengths) + gen_length
 
 
 def with_synthetic_rows(plan: Experiment) -> Experiment:

@@ -132,7 +132,7 @@ class Solve:
     """Held-out prompts that the model answers at each evaluation, and the scorer of the answers."""
 
     prompts: str = ""  # source of prompts, answered at each evaluation; "": none
-    scorer: str = ""  # module:function, (record, response) -> float
+    scorer: str = ""  # a task, as gsm8k, or module:function, (record, response) -> float
     limit: int = 0  # number of prompts; 0: all
     gen_length: int = 128  # tokens in a response
     steps: int = 128  # denoising steps for a response

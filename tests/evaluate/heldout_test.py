@@ -13,13 +13,14 @@ from helpers import ROOT, config_of, make_batch
 
 from llada_jax import elbo, metrics, noise
 from llada_jax.evaluate import heldout, responses
+from llada_jax.evaluate.questions import Question
 from llada_jax.metrics import Mean
 from llada_jax.models.llada import LLaDA, ModelConfig
 from llada_jax.objectives import OBJECTIVES, preference
 from llada_jax.objectives import terms as terms_lib
 from llada_jax.objectives.denoising import Denoising
 from llada_jax.objectives.preference import Preference
-from llada_jax.tasks import sudoku
+from llada_jax.tasks import Task, sudoku
 from llada_jax.tokenizer import Tokenizer
 from llada_jax.train import STOPPED, make_plan, train
 from llada_jax.variance.heldout import score_variance
@@ -278,14 +279,15 @@ def copying(tokens, attention_mask):
 
 
 def solve(scorer, prompts=("1234", "4321", "2222", "0110", "3003"), logits_fn=copying):
-    records = [
-        (f"file:{i}", {"number": i, "prompt": "?"}, {"prompt": p}) for i, p in enumerate(prompts, 1)
+    questions = [
+        Question(str(i), f"file:{i}", {"number": i, "prompt": p}, p)
+        for i, p in enumerate(prompts, 1)
     ]
     return responses.solve_rate(
         logits_fn,
-        records,
+        Task(fields={}, score=scorer, settings={}),
+        questions,
         Digits(),
-        scorer,
         template="plain",
         batch_size=2,
         mask_id=MASK,

@@ -1,7 +1,7 @@
 """Accuracy against passes: areas and counts by hand, rules from the tables, a file that goes on."""
 
 import json
-from types import SimpleNamespace
+from argparse import Namespace
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +11,16 @@ from helpers import ROOT, refusal, run_command
 
 from llada_jax import sampling
 from llada_jax.checkpoints import loading
-from llada_jax.data.records import read_records
 from llada_jax.evaluate import __main__ as command
 from llada_jax.evaluate import passes, responses
+from llada_jax.evaluate.answers import Model
+from llada_jax.evaluate.questions import Question, encode, read_questions
 from llada_jax.sampling.unmasking import COMMITS, Commit
-from llada_jax.tasks import sudoku
+from llada_jax.tasks import Task, sudoku
+from llada_jax.tokenizer import Tokenizer
 
 SUDOKU = f"{ROOT}/llada_jax/assets/sudoku"
+FOUR = "python:llada_jax.tasks.sudoku:records?count=4"
 SHAPE = {"gen_length": 16, "block_length": 8}
 
 
@@ -61,6 +64,19 @@ def test_a_rule_from_outside_joins(monkeypatch):
     assert [p.settings["commit"] for p in passes.points(["all"], ["dual"], SHAPE)] == ["all"]
 
 
+class Numbers(Tokenizer):
+    bos_id = None
+
+    def __init__(self):
+        pass
+
+    def encode(self, text):
+        return [1, 2]
+
+    def decode(self, ids):
+        return " ".join(map(str, ids))
+
+
 def test_counts_of_a_sure_model():
     """Two blocks of four tokens take a pass each, and the text ends with its fifth token."""
 
@@ -69,12 +85,14 @@ def test_counts_of_a_sure_model():
         return jnp.broadcast_to(20.0 * jax.nn.one_hot(best, 12), (*tokens.shape, 12))
 
     heard = {}
-    task = passes.Task([[1, 2]] * 4, lambda i, text: heard.setdefault(i, text) and float(i % 2))
-    words = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
+    judge = lambda record, text: heard.setdefault(record["i"], text) and float(record["i"] % 2)
+    task = Task(fields={}, score=judge, settings={})
+    questions = [Question(str(i), f"file:{i}", {"i": i}, "?") for i in range(4)]
     special = {"mask_id": 11, "pad_id": 0, "eos_id": 9, "eot_id": None}
     settings = {"gen_length": 8, "block_length": 4, "commit": "threshold", "threshold": 0.9}
     point = passes.Point("threshold", "none", settings)
-    found = passes.measure(point, logits, task, words, special, 4)
+    model, args = Model(logits, Numbers(), special, 99), Namespace(template="plain", batch_size=4)
+    found = passes.measure(point, task, questions, model, args)
     assert heard == dict.fromkeys(range(4), "3 3 3 3 3")
     assert found["passes"] == 4 * 2 and found["tokens_per_pass"] == 5 / 2
     assert found["accuracy"] == 0.5
@@ -95,7 +113,7 @@ def test_the_command_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
         "passes",
         f"--model={SUDOKU}",
         f"--out={tmp_path}",
-        "--records=count=4",
+        f"--data={FOUR}",
         "--cache=none",
     ]
     run_command(command, *flags, "--rule=threshold")
@@ -115,7 +133,7 @@ def test_the_command_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     said = refusal(capsys, command, *flags, "--block_length=4")
     assert "is of {'block_length': 8}, not of {'block_length': 4}: give another --out" in said
     file.write_text("[1]\n")
-    assert "is not a file of this command" in refusal(capsys, command, *flags)
+    assert "is no line of this command" in refusal(capsys, command, *flags)
 
 
 def test_refusals(tmp_path, capsys):
@@ -123,10 +141,10 @@ def test_refusals(tmp_path, capsys):
         ("--rule=guess", "--rule=guess is not one of schedule, threshold, "),
         ("--cache=disk", "--cache=disk is not one of none, "),
         ("--block_length=5", "gen_length=16 is not a positive multiple of block_length=5"),
-        ("--task=chess", "--task=chess: No module named 'llada_jax.tasks.chess'; name a file"),
-        ("--gen_length=128", "are 145 tokens, the model takes 128: lower it"),
+        ("--task=chess", "'chess' is none of the tasks "),
+        ("--gen_length=128", "of 17 tokens and gen_length=128 exceed the 128 that the model takes"),
     ):
-        flags = ["passes", f"--model={SUDOKU}", f"--out={tmp_path}", "--records=count=4", flag]
+        flags = ["passes", f"--model={SUDOKU}", f"--out={tmp_path}", f"--data={FOUR}", flag]
         assert text in refusal(capsys, command, *flags)
     assert not (tmp_path / "passes.jsonl").exists()
 
@@ -137,19 +155,19 @@ def test_a_point_is_what_the_sampler_and_the_scorer_say(cache):
     """Truth: `generate` in one batch, and `solve_rate`."""
     logits_fn, config, words = loading.open_model(SUDOKU, "float32")  # the file is bfloat16
     special = loading.special_ids(config, words)
-    arguments = "count=40&seed=1&split=heldout"
-    task = passes.Task.open("sudoku", arguments, "plain", words)
+    source = "python:llada_jax.tasks.sudoku:records?count=40&seed=1&split=heldout"
+    questions = read_questions(sudoku.TASK, source, "plain")
+    prompts = encode(words, sudoku.TASK, questions, "plain", 16, None)
+    model = Model(logits_fn, words, special, 128)
     point = next(p for p in passes.points(["threshold"], [cache], SHAPE))
-    found = passes.measure(point, logits_fn, task, words, special, 16)
+    args = Namespace(template="plain", batch_size=16)
+    found = passes.measure(point, sudoku.TASK, questions, model, args)
     written = sampling.generate(
-        logits_fn, np.array(task.prompts), trace=True, mask_id=special["mask_id"], **point.settings
+        logits_fn, np.array(prompts), trace=True, mask_id=special["mask_id"], **point.settings
     )
-    source = f"python:llada_jax.tasks.sudoku:records?{arguments}"
     scores = [
-        sudoku.score(record, words.decode(row[17:].tolist()))
-        for (_, record, _), row in zip(
-            read_records(source, "prompt"), np.asarray(written.tokens), strict=True
-        )
+        sudoku.score(question.record, words.decode(row[17:].tolist()))
+        for question, row in zip(questions, np.asarray(written.tokens), strict=True)
     ]
     assert found["accuracy"] == np.mean(scores)
     if cache == "none":  # with a cache a row waits for others, which batches change
@@ -157,9 +175,9 @@ def test_a_point_is_what_the_sampler_and_the_scorer_say(cache):
         assert found["tokens_per_pass"] == 40 * 16 / found["passes"]
     rate = responses.solve_rate(
         logits_fn,
-        list(read_records(source, "prompt")),
+        sudoku.TASK,
+        questions,
         words,
-        sudoku.score,
         template="plain",
         batch_size=16,
         **special,

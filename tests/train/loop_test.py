@@ -725,10 +725,10 @@ BAD_SFT = [
     (larger_vocabulary, "the tokenizer has ids up to 19, the model 16 embeddings"),
     (empty_file, "empty.jsonl holds no record"),
     (bad_json, r"broken.jsonl:2: no JSON \(.*\); repair it"),
-    (empty_prompts, "solve.prompts=.*empty.jsonl holds no record"),
+    (empty_prompts, "solve.prompts=.*empty.jsonl holds no record that is tested"),
     (
         {"solve.gen_length": 64, "solve.steps": 4},
-        "a prompt of 17 tokens and solve.gen_length=64 exceed the model.*=66",
+        "config.solve: .* a prompt of 17 tokens and gen_length=64 exceed the 66 that the model takes",
     ),
     ({"solve.scorer": "llada_jax.tasks.sudoku:none"}, "config.solve.scorer: .* no function none"),
     (

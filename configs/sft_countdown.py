@@ -1,0 +1,53 @@
+"""Trains a small LLaDA from scratch on Countdown: reach a number with three given ones.
+
+python -m llada_jax.train --config=configs/sft_countdown.py --workdir=runs/sft_countdown
+
+"""
+
+import pathlib
+
+from configs import base
+
+TOKENIZER = pathlib.Path(__file__).resolve().parent.parent / "llada_jax" / "assets" / "countdown"
+
+
+def countdown(objective: str):
+    """Returns the settings that all objectives on Countdown share."""
+    c = base.get_config(objective)
+    c.model.unroll = 4
+    c.data.tokenizer = str(TOKENIZER / "tokenizer.json")
+    c.data.template = "plain"
+    c.data.append_eos = False
+    c.optimizer.peak = 2e-3
+    c.solve.prompts = "python:llada_jax.tasks.countdown:records?count=500&seed=1&split=heldout"
+    c.solve.scorer = "countdown"
+    c.solve.gen_length = 17
+    c.solve.steps = 17
+    c.solve.block_length = 17
+    c.solve.batch_size = 100
+    return c
+
+
+def get_config():
+    c = countdown("sft")
+    c.num_steps = 1500
+    c.model.arch = dict(
+        d_model=96,
+        n_heads=4,
+        n_layers=4,
+        mlp_hidden_size=256,
+        vocab_size=24,
+        embedding_size=24,
+        max_sequence_length=128,
+        rope_theta=100.0,
+        mask_token_id=22,
+        eos_token_id=18,
+        pad_token_id=18,
+    )
+    c.data.train = "python:llada_jax.tasks.countdown:records?count=200000&seed=0"
+    c.data.row_length = 29  # bos, 11 characters of the problem, 17 of the solution
+    c.data.batch_rows = 128
+    c.optimizer.warmup_steps = 100
+    c.optimizer.schedule = "constant"
+    c.optimizer.end_fraction = 1.0
+    return c
