@@ -75,6 +75,8 @@ class Engine:
         self._logits_fn, config, self.tokenizer = loading.open_model(
             options.model, options.dtype, options.quantize, shardings
         )
+        # All hosts compute it; `about` is for the first one alone.
+        self._fingerprint = hashing.fingerprint(self._logits_fn.args[0]["params"])
         self._ids = loading.special_ids(config, self.tokenizer)
         self._key = jax.random.key(options.seed)
         self.texts = Texts(
@@ -92,7 +94,7 @@ class Engine:
             "llada_jax": llada_jax.__version__,
             "jax": jax.__version__,
             "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
-            "model_fingerprint": hashing.fingerprint(self._logits_fn.args[0]["params"]),
+            "model_fingerprint": self._fingerprint,
             "tokenizer_fingerprint": self.tokenizer.fingerprint,
             "settings": dataclasses.asdict(self.options) | self._estimator | self.sampler,
         }

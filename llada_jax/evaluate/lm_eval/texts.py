@@ -97,8 +97,11 @@ class Texts:
             text = text.partition(word)[0]
         said, left = "", len(text)
         for run, is_special in runs:
-            said += "" if is_special else run[:left]
-            left = max(0, left - len(run))
+            kept = run[:left]
+            # LLaDA's adapter encodes the text anew, which finds whole names of special tokens only.
+            is_letters = self.published and 0 < len(kept) < len(run)
+            said += kept if is_letters or not is_special else ""
+            left -= len(kept)
         return said
 
     def stops(self, tokens: Sequence[int] | np.ndarray, until: Sequence[str]) -> bool:
