@@ -9,7 +9,7 @@ import pathlib
 
 from llada_jax.checkpoints import hashing, loading
 from llada_jax.files import is_remote, write_jsonl, write_whole
-from llada_jax.parallel import hosts
+from llada_jax.parallel import agree, hosts
 from llada_jax.sampling.flags import add_flags as add_sampler_flags
 from llada_jax.sampling.flags import settings_of
 from llada_jax.sampling.settings import Settings
@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--out={args.out}: answers are kept in SQLite: give a local folder")
     adapter = importlib.import_module("llada_jax.evaluate.lm_eval")
     manager = _open_tasks(args) if hosts.is_first() else None
+    agree.meet()
     defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
     sampler = settings_of(args)
     sampler = {k: v for k, v in sampler.items() if v is not None and v != defaults[k]}

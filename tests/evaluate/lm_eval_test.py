@@ -514,8 +514,8 @@ def test_gsm8k(shared, task, tmp_path, of_golden):
 def test_two_processes_answer_as_one(puzzles, tmp_path):
     """Split over two hosts of two devices; the parameters too."""
     code = (
-        "import sys; sys.path.insert(0, 'tests'); from evaluate import lm_eval_test as t; "
-        "sys.exit(t.command(*sys.argv[1:]))"
+        "import sys; from llada_jax import cli; from llada_jax.evaluate import harness; "
+        "parser = cli.Parser(); harness.add_flags(parser); sys.exit(cli.run(harness.run, parser))"
     )
     flags = [f"--model={SUDOKU}", f"--tasks={puzzles}", f"--include_path={tmp_path}", *FLAGS]
 

@@ -5,15 +5,12 @@ import dataclasses
 import json
 from typing import Any
 
-import jax
-import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
 from llada_jax.evaluate.lm_eval.engine import Engine, Options, draws_of
-from llada_jax.parallel import hosts
+from llada_jax.parallel.agree import from_first
 
 
 @register_model("llada_jax")
@@ -91,19 +88,19 @@ class LladaJax(LM):
 
     def serve(self):
         """Does what process 0 asks for, on all other processes, until it calls `close`."""
-        while asked := json.loads(_from_first(b"")):
+        while asked := json.loads(from_first(b"")):
             kind, work = asked
             getattr(self._engine, kind)(work, lambda index, result: None)
 
     def close(self):
         """Ends `serve` on the other processes."""
-        _from_first(b"null")
+        from_first(b"null")
 
     def _together(self, kind: str, requests: list) -> list:
         """Does the work of requests on all hosts."""
         found: list = [None] * len(requests)
         work = _numbered(requests)
-        _from_first(json.dumps([kind, work]).encode())
+        from_first(json.dumps([kind, work]).encode())
         cut = self._engine.texts.cut
 
         def report(index, result):
@@ -137,14 +134,3 @@ def _numbered(requests: list) -> list[list]:
         work.append([*request.args, draws_of(name, seen[request_is])])
         seen[request_is] += 1
     return work
-
-
-def _from_first(message: bytes) -> bytes:
-    """Returns the message of process 0 on all processes."""
-    if jax.process_count() == 1:
-        return message
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(message))))
-    mine = np.zeros(size, np.uint8)
-    if hosts.is_first():
-        mine[:] = np.frombuffer(message, np.uint8)
-    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(mine), np.uint8))
