@@ -7,13 +7,15 @@ members of the family. They are always read from files; the code holds no consta
 """
 
 import argparse
+import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import ClassVar
 
 import jinja2
@@ -45,6 +47,7 @@ class Tokenizer:
     bos_id, eos_id, mask_id, start_header_id, end_header_id, eot_id: the ids of the special tokens;
         None for those that the tokenizer does not have.
     vocab_size: the largest id that can occur, plus one.
+    special_tokens: all special tokens, {name: id}.
     fingerprint: a hash of the vocabulary and the special ids. Tokenizers with equal fingerprints
         encode alike.
     """
@@ -67,6 +70,10 @@ class Tokenizer:
         for name in FILES:
             digest.update(files.get(name, b""))
         self._roles: dict[str, list[int]] = {}
+        # Names of special tokens: those of the tokenizer's file, and those of its template.
+        names = {*specials, *(template.names if template else ())}
+        found = {name: backend.id_of(name) for name in names}
+        self.special_tokens = backend.specials | {k: i for k, i in found.items() if i is not None}
         self._template = template
         if template and self._has_headers() and self._is_llada(template):
             self._template = None  # the same ids, without the work of rendering
@@ -74,13 +81,21 @@ class Tokenizer:
             digest.update(self._template.source.encode())
         self.fingerprint = digest.hexdigest()[:16]
 
-    def encode(self, text: str) -> list[int]:
-        """Returns the ids of ordinary text, without bos or EOS.
+    def encode(self, text: str, special: Collection[str] = ()) -> list[int]:
+        """Returns the ids of text, without bos or EOS. Other Python threads can run meanwhile.
 
-        Text that looks like a special token is encoded as ordinary characters. Other Python threads
-        can run during the call.
+        special: names of special tokens that become their ids where they stand in the text, but not
+            in the messages of `chat_text`. All others are encoded as ordinary characters.
         """
-        return self._backend.encode(text)
+        if not special:
+            return self._backend.encode(text)
+        ids: list[int] = []
+        for k, part in enumerate(_any_of(special).split(text)):
+            if k % 2:
+                ids.append(self.special_tokens[part])
+            elif part:
+                ids += self._backend.encode(self._unprotected(part))
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of the ids. Special tokens and unknown ids are skipped."""
@@ -89,6 +104,49 @@ class Tokenizer:
         return self._backend.decode(
             [i for i in ids if i not in specials and 0 <= i <= self._backend.max_id]
         )
+
+    def runs(self, ids: Iterable[int]) -> list[tuple[str, bool]]:
+        """Returns the text of the ids in runs: (text, False), or (a special token's name, True).
+
+        Unknown ids are skipped.
+        """
+        names = {i: name for name, i in self.special_tokens.items()}
+        found: list[tuple[str, bool]] = []
+        for is_special, run in itertools.groupby(map(int, ids), lambda i: i in names):
+            if is_special:
+                found += [(names[i], True) for i in run]
+            else:
+                found.append((self.decode(run), False))
+        return found
+
+    def chat_text(self, messages: Sequence[dict], answer: str = "") -> str:
+        """Returns the text of `chat_prompt`, and behind it the beginning of the answer.
+
+        `encode(text, special_tokens)` gives its ids. A name of a special token in a message or in
+        the answer has a mark behind its first letter, by which `encode` knows it as text. Raises
+        ValueError as `chat_prompt` does.
+        """
+        contents = [self._protected(message["content"]) for message in messages]
+        if self._template:
+            text = self._template.text(messages, contents)
+        else:
+            self._check_headers()
+            turns = [
+                f"{START_HEADER}{message['role']}{END_HEADER}\n\n{content.strip()}{EOT}"
+                for message, content in zip(messages, contents, strict=True)
+            ]
+            text = f"{BOS}{''.join(turns)}{START_HEADER}assistant{END_HEADER}\n\n"
+        return text + self._protected(answer)
+
+    def _protected(self, text: str) -> str:
+        names = _any_of(self.special_tokens)
+        return names.sub(lambda found: found[0][0] + _MARK + found[0][1:], text)
+
+    def _unprotected(self, text: str) -> str:
+        if _MARK not in text:
+            return text
+        names = _any_of(name[0] + _MARK + name[1:] for name in self.special_tokens)
+        return names.sub(lambda found: found[0].replace(_MARK, ""), text)
 
     def chat_prompt(self, messages: Sequence[dict]) -> list[int]:
         """Returns the ids of a conversation by the chat template, up to the assistant's answer.
@@ -100,13 +158,16 @@ class Tokenizer:
         """
         if self._template:
             return self._template.encode(messages, self._backend)
+        self._check_headers()
+        return self._llada_prompt(messages)
+
+    def _check_headers(self):
         if not self._has_headers():
             missing = [name for name in _HEADERS if self._specials[name] is None]
             raise ValueError(
                 f"the chat template needs {', '.join(missing)}, which this tokenizer does not have;"
                 ' use data.template="plain" or a tokenizer with these tokens'
             )
-        return self._llada_prompt(messages)
 
     def _has_headers(self) -> bool:
         return all(self._specials[name] is not None for name in _HEADERS)
@@ -236,6 +297,11 @@ class _ChatTemplate:
         except jinja2.TemplateError as error:
             raise ValueError(f"{where}: the chat template is no jinja: {error}") from error
 
+    @property
+    def names(self) -> list[str]:
+        """The special tokens that are variables of the template."""
+        return [name for name in self._names.values() if name]
+
     def _refuse(self, message: str):
         raise jinja2.TemplateError(message)
 
@@ -243,34 +309,54 @@ class _ChatTemplate:
         self, messages: Sequence[dict], backend: "_SentencePiece | _HuggingFace"
     ) -> list[int]:
         """The ids of a conversation. Raises ValueError if the template refuses it."""
-        marked = [{**m, "content": f" {_MARK}{i}{_MARK} "} for i, m in enumerate(messages)]
-        try:
-            text = self._template.render(messages=marked, add_generation_prompt=True, **self._names)
-        except (jinja2.TemplateError, TypeError) as error:
-            raise ValueError(f"{self._where}: the chat template refuses: {error}") from error
-
-        def content(found: re.Match) -> str:
-            value = messages[int(found[2])]["content"]
-            value = value if found[1] else value.lstrip()
-            return value if found[3] else value.rstrip()
-
+        contents = [message["content"] for message in messages]
         ids: list[int] = []
         # Special tokens are split off while the marks stand: no content can add one.
-        for k, part in enumerate(self._split(text, backend)):
+        for k, part in enumerate(self._split(self._marked(messages), backend)):
             if k % 2:
                 ids.append(backend.id_of(part))
             elif part:
-                ids += backend.encode(re.sub(f"( ?){_MARK}(\\d+){_MARK}( ?)", content, part))
+                ids += backend.encode(_filled(part, contents))
         return ids
+
+    def text(self, messages: Sequence[dict], contents: Sequence[str]) -> str:
+        """The text of a conversation with these contents. Raises ValueError as `encode` does."""
+        return _filled(self._marked(messages), contents)
+
+    def _marked(self, messages: Sequence[dict]) -> str:
+        """The text of a conversation with a mark in place of each content."""
+        marked = [{**m, "content": f" {_MARK}{i}{_MARK} "} for i, m in enumerate(messages)]
+        try:
+            return self._template.render(messages=marked, add_generation_prompt=True, **self._names)
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ValueError(f"{self._where}: the chat template refuses: {error}") from error
 
     def _split(self, text: str, backend) -> list[str]:
         """The text split at its special tokens: text, token, text, ..., token, text."""
         known = {*_SPECIAL_TOKEN.findall(text), *filter(None, self._names.values())}
         known = {token for token in known if backend.id_of(token) is not None}
-        if not known:
-            return [text]
-        longest_first = sorted(known, key=len, reverse=True)
-        return re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
+        return _any_of(known).split(text) if known else [text]
+
+
+def _filled(text: str, contents: Sequence[str]) -> str:
+    """Puts contents in place of their marks, stripped on a side where the template strips."""
+
+    def content(found: re.Match) -> str:
+        value = contents[int(found[2])]
+        value = value if found[1] else value.lstrip()
+        return value if found[3] else value.rstrip()
+
+    return re.sub(f"( ?){_MARK}(\\d+){_MARK}( ?)", content, text)
+
+
+def _any_of(names: Iterable[str]) -> re.Pattern:
+    """A pattern that finds any of the names, the longest first."""
+    return _pattern(tuple(sorted(names, key=lambda name: (-len(name), name))))
+
+
+@functools.lru_cache
+def _pattern(names: tuple[str, ...]) -> re.Pattern:
+    return re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
 
 
 def _named_specials(config: dict) -> dict[str, str]:
@@ -300,6 +386,9 @@ class _SentencePiece:
         self.max_id = len(model.pieces) - 1
         own = {BOS: self._processor.bos_id(), EOS: self._processor.eos_id()}
         self.defaults = {name: i for name, i in own.items() if i >= 0}
+        self.specials = {
+            piece.piece: i for i, piece in enumerate(model.pieces) if piece.type == piece.CONTROL
+        }
 
     def id_of(self, name: str) -> int | None:
         return self._ids.get(name)
@@ -324,7 +413,12 @@ class _HuggingFace:
         self._tokenizer.encode_special_tokens = True  # encode their names as ordinary text
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self.max_id = max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        vocab = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.max_id = max(vocab.values())
+        added = {token["content"] for token in model.get("added_tokens", []) if token["special"]}
+        self.specials = {
+            name: i for name, i in vocab.items() if name in added or _SPECIAL_TOKEN.fullmatch(name)
+        }
 
     def id_of(self, name: str) -> int | None:
         return self._tokenizer.token_to_id(name)

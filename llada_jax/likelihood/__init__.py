@@ -8,7 +8,7 @@ as constants, and every new closure would compile again.
 from llada_jax.likelihood.estimate import FEW_DRAWS, grid, log_likelihood, log_likelihoods, terms
 from llada_jax.likelihood.greedy import are_greedy, is_greedy
 from llada_jax.likelihood.orders import exact_log_likelihood, order_log_likelihood
-from llada_jax.likelihood.text import bits_per_byte, perplexity, rolling_log_likelihood
+from llada_jax.likelihood.text import bits_per_byte, perplexity, rolling_log_likelihood, windows
 
 __all__ = [
     "FEW_DRAWS",
@@ -23,4 +23,5 @@ __all__ = [
     "perplexity",
     "rolling_log_likelihood",
     "terms",
+    "windows",
 ]

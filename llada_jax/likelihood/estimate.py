@@ -7,10 +7,23 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float32, Int, Key
 
 from llada_jax import elbo, noise
-from llada_jax.likelihood.rows import Request, Rows, checked, one_row, pack, predict, traced
+from llada_jax.likelihood.rows import (
+    Request,
+    Rows,
+    checked,
+    in_order,
+    one_row,
+    pack,
+    parts,
+    place,
+    predict,
+    to_host,
+    traced,
+)
 
 # The fewest draws (a power of two) that had the variance of the published estimator at mc_num=128
 # on every model measured: on Sudoku; text needs fewer. See docs/likelihood.md.
@@ -61,6 +74,8 @@ def log_likelihoods(
     pseudo_count: float | int = 0.0,
     row_length: int | None = None,
     request_ids: Sequence[int] | np.ndarray | None = None,
+    row_sharding: NamedSharding | None = None,
+    report: Callable[[np.ndarray, np.ndarray], object] | None = None,
 ) -> np.ndarray:
     """The estimated log-likelihoods [N] float32 of N answers given their prompts, in nats.
 
@@ -82,6 +97,9 @@ def log_likelihoods(
         the request is counted, also one that stands in the prompt or in the answer.
     request_ids: [N] int, numbers that tell the draws of requests apart; by default 0, 1, ... A
         request with the same key and number has the same draws, however it is packed.
+    row_sharding: how the rows are split over devices; batch_size must be a multiple of the parts.
+    report: is called with the indices [n] of some requests and their values [n] once these are
+        known, until it had all.
 
     Raises ValueError if an answer is empty, or if it holds the mask token and times are not
     "official"; if a request does not fit into a row; if settings do not fit together; and if the
@@ -93,23 +111,30 @@ def log_likelihoods(
     ids = np.arange(len(requests)) if request_ids is None else np.asarray(request_ids)
     if ids.shape != (len(requests),):
         raise ValueError(f"request_ids: {ids.size} for {len(requests)} requests: give one for each")
-    running = []  # all are started before the first is read
-    for each, members in _by_plan(plan, requests).items():
-        chosen = [requests[i] for i in members]
-        settings = {
-            "mask_id": mask_id,
-            "cfg_scale": cfg_scale,
-            "batch_size": batch_size,
-            "plan": each,
-            "width": max(len(answer) for _, answer in chosen),
-        }
-        for rows in pack(chosen, row_length=row_length, rows=max(1, batch_size // each.draws)):
-            at = members[rows.requests]
-            found = _estimate(key, traced(logits_fn), rows, ids[at], **settings)
-            running.append((at, rows.requests >= 0, found))
+    count = parts(row_sharding, batch_size)
+
+    def started():
+        for each, members in _by_plan(plan, requests).items():
+            chosen = [requests[i] for i in members]
+            settings = {
+                "mask_id": mask_id,
+                "cfg_scale": cfg_scale,
+                "batch_size": batch_size,
+                "plan": each,
+                "width": max(len(answer) for _, answer in chosen),
+            }
+            most = max(1, batch_size // each.draws)
+            for rows in pack(chosen, row_length=row_length, rows=most, multiple=count):
+                at = members[rows.requests]
+                given = place((rows, ids[at]), row_sharding)
+                found = _estimate(key, traced(logits_fn), *given, **settings)
+                yield at[rows.requests >= 0], rows.requests >= 0, found
+
     out = np.zeros(len(requests), np.float32)
-    for at, there, found in running:
-        out[at[there]] = np.asarray(found)[there]
+    for at, there, found in in_order(started()):
+        out[at] = to_host(found)[there]
+        if report:
+            report(at, out[at])
     if np.isnan(out).any():
         raise ValueError(
             f"the log-likelihood of request {int(np.isnan(out).argmax())} is nan: a token is not "
@@ -263,7 +288,7 @@ def _estimate(
 ) -> Float32[Array, "r s"]:
     """The estimates of the requests of rows; `width` is the longest answer."""
     drawn = _draw(key, rows, ids, plan, width, mask_id)
-    chunk = min(plan.draws, batch_size // rows.tokens.shape[0])
+    chunk = min(plan.draws, max(1, batch_size // rows.tokens.shape[0]))
     found = weighted(logits_fn, rows, drawn, mask_id=mask_id, cfg_scale=cfg_scale, chunk=chunk)
     return found.mean(0)
 

@@ -6,9 +6,20 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool
 
-from llada_jax.likelihood.rows import Rows, checked, pack, predict, traced
+from llada_jax.likelihood.rows import (
+    Rows,
+    checked,
+    in_order,
+    pack,
+    parts,
+    place,
+    predict,
+    to_host,
+    traced,
+)
 
 
 def is_greedy(
@@ -35,21 +46,26 @@ def are_greedy(
     batch_size: int = 16,
     cfg_scale: float | int = 0.0,
     row_length: int | None = None,
+    row_sharding: NamedSharding | None = None,
 ) -> np.ndarray:
-    """`is_greedy` of N requests, bool [N], packed into rows as `log_likelihoods` does.
+    """`is_greedy` of N requests, bool [N], packed and split as `log_likelihoods` does.
 
     `batch_size` rows are computed at a time, until all of their requests are decided. Raises
-    ValueError if ids are none or a request does not fit into a row.
+    ValueError if ids are none, if a request does not fit into a row, or if batch_size is no
+    multiple of the parts of the rows.
     """
     requests = checked(prompts, answers, mask_id, row_length)
-    packed = pack(requests, row_length=row_length, rows=batch_size)
-    running = [
-        _greedy(traced(logits_fn), rows, mask_id=mask_id, cfg_scale=cfg_scale) for rows in packed
-    ]
+    count = parts(row_sharding, batch_size)
+
+    def started():
+        for rows in pack(requests, row_length=row_length, rows=batch_size, multiple=count):
+            given = place(rows, row_sharding)
+            found = _greedy(traced(logits_fn), given, mask_id=mask_id, cfg_scale=cfg_scale)
+            yield rows.requests, found
+
     out = np.zeros(len(requests), bool)
-    for rows, found in zip(packed, running, strict=True):
-        there = rows.requests >= 0
-        out[rows.requests[there]] = np.asarray(found)[there]
+    for at, found in in_order(started()):
+        out[at[at >= 0]] = to_host(found)[at >= 0]
     return out
 
 

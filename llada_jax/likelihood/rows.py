@@ -1,11 +1,15 @@
 """Requests in rows: several prompts with their answers side by side, and how a model sees them."""
 
-from collections.abc import Callable, Sequence
+import collections
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float32, Int, Int32
 
@@ -69,11 +73,13 @@ def one_row(prompt, answer, *, mask_id: int) -> Rows:
     return pack(checked([prompt], [answer], mask_id), row_length=None, rows=1)[0]
 
 
-def pack(requests: Sequence[Request], *, row_length: int | None, rows: int) -> list[Rows]:
+def pack(
+    requests: Sequence[Request], *, row_length: int | None, rows: int, multiple: int = 1
+) -> list[Rows]:
     """Packs requests into rows of `row_length` (None: of the longest), at most `rows` at a time.
 
     The longest requests come first, each in the first row that has room for it. All results have
-    the same shapes; missing rows are padding.
+    the same shapes, with a multiple of `multiple` rows; missing rows are padding.
     """
     sizes = [len(prompt) + len(answer) for prompt, answer in requests]
     length = max([1, *sizes]) if row_length is None else row_length
@@ -87,6 +93,7 @@ def pack(requests: Sequence[Request], *, row_length: int | None, rows: int) -> l
         packed[row].append(i)
         room[row] -= sizes[i]
     rows, most = min(rows, len(packed)), max(map(len, packed), default=1)
+    rows = -(-rows // multiple) * multiple
     several = most > 1 or any(room)
     return [
         _fill(requests, packed[first : first + rows], (rows, length, most), several)
@@ -114,6 +121,45 @@ def _fill(
             indices[r, s], lengths[r, s] = index, len(answer)
             start = stop
     return Rows(tokens, segments, positions, places, indices, lengths, packed=several)
+
+
+def parts(row_sharding: NamedSharding | None, batch_size: int) -> int:
+    """The number of parts into which rows are split, 1 for None.
+
+    Raises ValueError if batch_size is no multiple of it.
+    """
+    if row_sharding is None:
+        return 1
+    devices = row_sharding.num_devices
+    count = devices // row_sharding.shard_shape((devices,))[0]
+    if batch_size % count:
+        raise ValueError(
+            f"batch_size={batch_size} is no multiple of the {count} parts into which row_sharding "
+            "splits the rows"
+        )
+    return count
+
+
+def place(x: Any, row_sharding: NamedSharding | None) -> Any:
+    """Splits a tree of arrays over the devices by rows."""
+    return x if row_sharding is None else jax.device_put(x, row_sharding)
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+    """Returns the result of a computation; if other hosts hold parts of it, they are gathered."""
+    if not (x.is_fully_addressable or x.is_fully_replicated):
+        x = multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
+
+
+def in_order(started: Iterable, ahead: int = 2) -> Iterator:
+    """Yields the items of an iterator that starts a computation for each, `ahead` items later."""
+    waiting: collections.deque = collections.deque()
+    for item in started:
+        waiting.append(item)
+        if len(waiting) > ahead:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def traced(logits_fn: Callable) -> Partial:

@@ -28,15 +28,22 @@ def rolling_log_likelihood(
     `settings` are those of `log_likelihoods`, mask_id among them. Raises ValueError as it does, or
     for an impossible window or context.
     """
+    prompts, answers = windows(tokens, window=window, context=context, prefix=prefix)
+    return float(
+        log_likelihoods(key, logits_fn, prompts, answers, **settings).sum(dtype=np.float64)
+    )
+
+
+def windows(
+    tokens: Sequence[int] | np.ndarray, *, window: int, context: int, prefix: Sequence[int] = ()
+) -> tuple[list[list[int]], list[list[int]]]:
+    """The (prompts, answers) of the windows of a text, as `rolling_log_likelihood` makes them."""
     if window < 1 or context < 0:
         raise ValueError(f"window={window}, context={context}: at least 1 and 0")
     first, text = len(prefix), [*prefix, *tokens]
     starts = range(first, len(text), window)
     prompts = [text[max(0, start - context) : start] for start in starts]
-    answers = [text[start : start + window] for start in starts]
-    return float(
-        log_likelihoods(key, logits_fn, prompts, answers, **settings).sum(dtype=np.float64)
-    )
+    return prompts, [text[start : start + window] for start in starts]
 
 
 def perplexity(log_likelihood: float, num_tokens: int) -> float:

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import os
 import time
 from collections.abc import Callable
@@ -11,10 +12,12 @@ import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 
 from llada_jax.files import write_whole
 
 T = TypeVar("T")
+_meetings = itertools.count()
 
 
 def check_same(what: str, text: str):
@@ -33,6 +36,27 @@ def check_same(what: str, text: str):
         raise ValueError(
             f"{what} of processes {differ} differs from that of process 0: start all with the same"
         )
+
+
+def meet():
+    """Waits until all hosts call this, for up to a day.
+
+    Between hosts without accelerators a collective waits for half a minute only.
+    """
+    name = f"llada_jax meeting {next(_meetings)}"
+    multihost.get_barrier_sync_fn()(key=name, timeout_ms=24 * 3600 * 1000)
+
+
+def from_first(message: bytes) -> bytes:
+    """Returns the message of process 0 on all hosts. All must call this, however late."""
+    if jax.process_count() == 1:
+        return message
+    meet()
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(message))))
+    mine = np.zeros(size, np.uint8)
+    if jax.process_index() == 0:
+        mine[:] = np.frombuffer(message, np.uint8)
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(mine), np.uint8))
 
 
 def sharing(directory: epath.PathLike) -> list[int]:

@@ -18,6 +18,7 @@ from jax.tree_util import Partial
 import llada_jax
 from llada_jax import elbo, likelihood, sampling, tokenizer
 from llada_jax.models.llada import LLaDA, ModelConfig
+from llada_jax.parallel import mesh
 
 MASK = 7
 PROMPT, ANSWER = [1, 2], [3, 4, 5, 6]
@@ -101,6 +102,28 @@ def test_a_request_has_the_same_value_in_any_packing(model, times, batch_sizes):
         KEY, logits_fn, prompt, answer, batch_size=batch_sizes[0], **settings
     )
     assert alone == pytest.approx(first[0], rel=2e-5)
+
+
+@pytest.mark.parametrize("times", ["systematic", "official"])
+def test_devices_that_split_the_rows_change_nothing(times):
+    rows = mesh.rows(mesh.make_mesh())
+    settings = dict(mask_id=MASK, mc_num=16, times=times)
+    reported = np.zeros(5)
+
+    def report(at, values):
+        assert not reported[at].any()
+        reported[at] = values
+
+    alone = likelihood.log_likelihoods(KEY, toy, *RAGGED, **settings)
+    split = likelihood.log_likelihoods(
+        KEY, toy, *RAGGED, row_sharding=rows, report=report, **settings
+    )
+    np.testing.assert_allclose(split, alone, rtol=1e-5)
+    np.testing.assert_array_equal(reported, split)
+    greedy = likelihood.are_greedy(toy, *RAGGED, mask_id=MASK, row_sharding=rows)
+    np.testing.assert_array_equal(greedy, likelihood.are_greedy(toy, *RAGGED, mask_id=MASK))
+    with pytest.raises(ValueError, match="batch_size=12 is no multiple of the 8 parts"):
+        likelihood.are_greedy(toy, *RAGGED, mask_id=MASK, row_sharding=rows, batch_size=12)
 
 
 def test_answers_with_few_subsets_are_exact():
