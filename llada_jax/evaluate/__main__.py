@@ -4,6 +4,7 @@ python -m llada_jax.evaluate --model=DIR --tasks=gsm8k,humaneval --out=DIR    an
 python -m llada_jax.evaluate score --task=gsm8k --responses=FILE.jsonl --out=FILE.json
 python -m llada_jax.evaluate judge --responses=FILE --baseline=FILE --data=... --judge=... --out=DIR
 python -m llada_jax.evaluate compare A B                     paired differences of two results
+python -m llada_jax.evaluate lm_eval --model=DIR --tasks=NAME,NAME --out=DIR    the harness
 python -m llada_jax.evaluate tasks                           all tasks and their settings
 python -m llada_jax.evaluate passes --model=DIR --out=DIR    accuracy against forward passes
 """
@@ -13,7 +14,7 @@ import sys
 
 from llada_jax import cli
 from llada_jax.checkpoints import hashing, loading
-from llada_jax.evaluate import compare, passes, plan, run, score, table
+from llada_jax.evaluate import compare, harness, passes, plan, run, score, table
 from llada_jax.evaluate.answers import Model
 from llada_jax.evaluate.judge import command as judge
 from llada_jax.parallel import hosts
@@ -40,6 +41,7 @@ def parser() -> cli.Parser:
         )
     compare.add_flags(commands.add_parser("compare", help="paired differences of two results"))
     judge.add_flags(commands.add_parser("judge", help="answers against a baseline's, by a judge"))
+    harness.add_flags(commands.add_parser("lm_eval", help="tasks of the lm-evaluation-harness"))
     commands.add_parser("tasks", help="print all tasks and their published settings")
     of_passes = commands.add_parser("passes", help="accuracy and passes of every rule, as curves")
     loading.add_flags(of_passes)
@@ -55,6 +57,7 @@ def main(args: argparse.Namespace):
         "compare": compare.run,
         "passes": _passes,
         "judge": judge.run,
+        "lm_eval": harness.run,
         "tasks": lambda _: print(table.of_settings(), end=""),
     }
     commands[args.command](args)
