@@ -44,7 +44,7 @@ def get_config():
         eos_token_id=18,
         pad_token_id=18,
     )
-    c.data.train = "python:llada_jax.tasks.countdown:records?count=40000&seed=0"
+    c.data.train = "python:llada_jax.tasks.countdown:records?count=8000&seed=0"
     c.data.row_length = 29  # bos, 11 characters of the problem, 17 of the solution
     c.data.batch_rows = 128
     c.optimizer.warmup_steps = 100

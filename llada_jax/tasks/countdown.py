@@ -1,8 +1,8 @@
 """Countdown: reach a number with the given numbers, each used once; a generator and a verifier.
 
 A prompt is "03,04,07:25": the numbers, then the target. A response is the equations that lead to
-it, "03*07=21,21+04=25". All numbers are from 1 to 99 and written with two digits, so that all
-responses to as many numbers have one length. As a data source it is written
+it, "03*07=21,21+04=25". All results are from 1 to 99, and all numbers are written with two digits, so
+that all responses to as many numbers have one length. As a data source it is written
 `python:llada_jax.tasks.countdown:records?count=20000&seed=0`.
 """
 
@@ -23,24 +23,33 @@ _BARREN = 10_000  # after so many problems that were given before, assume there 
 
 
 def records(
-    count: int, seed: int = 0, split: str = "train", numbers: int = 3
+    count: int, seed: int = 0, split: str = "train", numbers: int = 3, most: int = 9
 ) -> Iterator[dict[str, str]]:
     """Yields `count` distinct problems that can be solved, with one solution each.
 
-    A record is {"prompt": problem, "response": solution}. The same seed gives the same problems.
+    A record is {"prompt": problem, "response": solution}; the numbers given are from 1 to `most`. The
+    same seed gives the same problems.
     The splits "train" and "heldout" (one problem in eight) share none, whatever the seeds.
     Raises ValueError for an invalid argument, or if there are fewer than `count` problems.
     """
-    for name, value, least in (("count", count, 1), ("seed", seed, 0), ("numbers", numbers, 2)):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}={value!r}: Countdown needs an integer of at least {least}")
+    for name, value, least, limit in (
+        ("count", count, 1, None),
+        ("seed", seed, 0, None),
+        ("numbers", numbers, 2, 9),
+        ("most", most, 1, _MOST),
+    ):
+        if not isinstance(value, int) or not least <= value <= (limit or value):
+            upper = "" if limit is None else f" and at most {limit}"
+            raise ValueError(
+                f"{name}={value!r}: Countdown needs an integer of at least {least}{upper}"
+            )
     if split not in SPLITS:
         raise ValueError(f"split={split!r}: Countdown has the splits {', '.join(SPLITS)}")
-    rng = np.random.default_rng((seed, numbers))
+    rng = np.random.default_rng((seed, numbers, most))
     seen: set[str] = set()
     barren = 0
     while len(seen) < count:
-        prompt, response = _problem(rng, numbers)
+        prompt, response = _problem(rng, numbers, most)
         barren += 1
         if prompt not in seen and split_of(prompt) == split:
             seen.add(prompt)
@@ -98,10 +107,10 @@ def _result(left: int, operator: str, right: int) -> int | None:
     return {"+": left + right, "-": left - right, "*": left * right}[operator]
 
 
-def _problem(rng: np.random.Generator, numbers: int) -> tuple[str, str]:
+def _problem(rng: np.random.Generator, numbers: int, most: int) -> tuple[str, str]:
     """A random problem and the equations by which it was made."""
     while True:
-        given = rng.integers(1, _MOST + 1, numbers).tolist()
+        given = rng.integers(1, most + 1, numbers).tolist()
         equations, target = _equations(rng, list(given))
         if target is not None:
             shown = ",".join(f"{number:02}" for number in given)

@@ -129,7 +129,7 @@ def test_the_digest_is_of_all_that_is_asked(data):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--tasks=chess"], "'chess' is none of the tasks countdown, "),
+        (["--tasks=chess"], "'chess' is none of the tasks arena_hard, countdown, "),
         (["--tasks=json"], "'json' is none of the tasks"),
         (["--tasks=llada_jax.nothing"], "No module named 'llada_jax.nothing'"),
         (["--tasks=llada_jax.elbo"], "has no TASK"),

@@ -67,7 +67,8 @@ def test_division_is_of_whole_numbers():
     "arguments, message",
     [
         (dict(count=0), "count=0: Countdown needs an integer of at least 1"),
-        (dict(count=1, numbers=1), "numbers=1"),
+        (dict(count=1, numbers=1), "numbers=1: .* at least 2 and at most 9"),
+        (dict(count=1, most=100), "most=100: .* at most 99"),
         (dict(count=1, split="test"), "split='test': Countdown has the splits train, heldout"),
         (dict(count=10**6, numbers=2), "such problems found; lower count"),
     ],
