@@ -19,23 +19,23 @@ def countdown(objective: str):
     c.data.template = "plain"
     c.data.append_eos = False
     c.optimizer.peak = 2e-3
-    c.solve.prompts = "python:llada_jax.tasks.countdown:records?count=500&seed=1&split=heldout"
+    c.solve.prompts = "python:llada_jax.tasks.countdown:records?count=500&seed=1&split=heldout&numbers=2&most=99"
     c.solve.scorer = "countdown"
-    c.solve.gen_length = 17
-    c.solve.steps = 17
-    c.solve.block_length = 17
+    c.solve.gen_length = 8
+    c.solve.steps = 8
+    c.solve.block_length = 8
     c.solve.batch_size = 100
     return c
 
 
 def get_config():
     c = countdown("sft")
-    c.num_steps = 2000
+    c.num_steps = 1200
     c.model.arch = dict(
-        d_model=96,
+        d_model=64,
         n_heads=4,
         n_layers=4,
-        mlp_hidden_size=256,
+        mlp_hidden_size=192,
         vocab_size=24,
         embedding_size=24,
         max_sequence_length=128,
@@ -44,8 +44,8 @@ def get_config():
         eos_token_id=18,
         pad_token_id=18,
     )
-    c.data.train = "python:llada_jax.tasks.countdown:records?count=8000&seed=0"
-    c.data.row_length = 29  # bos, 11 characters of the problem, 17 of the solution
+    c.data.train = "python:llada_jax.tasks.countdown:records?count=13000&seed=0&numbers=2&most=99"
+    c.data.row_length = 17  # bos, 8 characters of the problem, 8 of the solution
     c.data.batch_rows = 128
     c.optimizer.warmup_steps = 100
     c.optimizer.schedule = "constant"

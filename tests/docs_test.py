@@ -27,7 +27,7 @@ LABELS = {"", "python", "sh", "sh long", "sh by hand", "sh elsewhere"}
 # Their Python compiles for more than a few seconds.
 SLOW = {"estimators.md", "likelihood.md", "results.md", "sampling.md"}
 # What a command may begin with, beside `python -m MODULE`, `python FILE` and `bash FILE`.
-PROGRAMS = {".", "pip", "printf", "python3", "ruff"}
+PROGRAMS = {".", "mkdir", "pip", "printf", "python3", "ruff"}
 WITH_ERROR = re.compile(r"(-?\d[\d.]*)(?:\s*%)?\s*\+-\s*(\d[\d.]*)")
 JOURNEY = re.compile(r"^\| \d+ \| `([\w/]+\.py)` `([\w.]+)` \|", re.MULTILINE)
 

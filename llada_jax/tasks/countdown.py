@@ -136,5 +136,8 @@ TASK = Task(
     fields={"prompt": str},
     score=score,
     source="python:llada_jax.tasks.countdown:records?count=500&seed=1&split=heldout",
-    settings={"ours": Settings({"gen_length": 17, "block_length": 17}, template="plain")},
+    settings={
+        "three": Settings({"gen_length": 17, "block_length": 17}, template="plain"),
+        "two": Settings({"gen_length": 8, "block_length": 8}, template="plain"),
+    },
 )

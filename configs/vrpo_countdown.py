@@ -1,0 +1,27 @@
+r"""VRPO on the small model of configs/sft_countdown.py, with pairs from its own samples.
+
+    python -m llada_jax.pairs --model=runs/sft_countdown --scorer=countdown --template=plain \
+        --prompts='python:llada_jax.tasks.countdown:records?count=4000&seed=2&numbers=2&most=99' --samples=8 \
+        --gen_length=8 --block_length=8 --steps=8 --batch_size=500 \
+        --out=runs/countdown_pairs.jsonl.gz
+    python -m llada_jax.train --config=configs/vrpo_countdown.py --workdir=runs/vrpo_countdown
+
+"""
+
+from configs import sft_countdown
+
+
+def get_config():
+    c = sft_countdown.countdown("vrpo")
+    c.init_from = "runs/sft_countdown"
+    c.data.tokenizer = ""  # that of the model
+    c.data.train = "jsonl:runs/countdown_pairs.jsonl.gz"
+    c.data.holdout = 0.05
+    c.data.row_length = 34  # one pair: bos, problem and answer, twice
+    c.data.batch_rows = 32
+    c.num_steps = 140
+    c.optimizer.warmup_steps = 10
+    c.vrpo.beta = 0.2
+    c.vrpo.sft_weight = 1.0
+    c.vrpo.n_t = 8
+    return c
