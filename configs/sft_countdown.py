@@ -1,7 +1,10 @@
-"""Trains a small LLaDA from scratch on Countdown: reach a number with three given ones.
+"""Trains a small LLaDA from scratch on Countdown with two numbers: which operation reaches a third?
 
-python -m llada_jax.train --config=configs/sft_countdown.py --workdir=runs/sft_countdown
+    python -m llada_jax.train --config=configs/sft_countdown.py --workdir=runs/sft_countdown
 
+A problem is "21,63:84", its answer "63+21=84". 300 steps of 128 problems take under two minutes on
+two CPU cores. Expect 45 % of 500 held-out problems solved. Training stops early on purpose, so that
+VRPO has errors to remove.
 """
 
 import pathlib
@@ -19,7 +22,9 @@ def countdown(objective: str):
     c.data.template = "plain"
     c.data.append_eos = False
     c.optimizer.peak = 2e-3
-    c.solve.prompts = "python:llada_jax.tasks.countdown:records?count=500&seed=1&split=heldout&numbers=2&most=99"
+    c.solve.prompts = (
+        "python:llada_jax.tasks.countdown:records?count=500&seed=1&split=heldout&numbers=2&most=99"
+    )
     c.solve.scorer = "countdown"
     c.solve.gen_length = 8
     c.solve.steps = 8
@@ -30,7 +35,7 @@ def countdown(objective: str):
 
 def get_config():
     c = countdown("sft")
-    c.num_steps = 1200
+    c.num_steps = 300
     c.model.arch = dict(
         d_model=64,
         n_heads=4,
@@ -39,7 +44,7 @@ def get_config():
         vocab_size=24,
         embedding_size=24,
         max_sequence_length=128,
-        rope_theta=100.0,
+        rope_theta=100.0,  # see configs/sft_sudoku.py
         mask_token_id=22,
         eos_token_id=18,
         pad_token_id=18,
@@ -47,7 +52,7 @@ def get_config():
     c.data.train = "python:llada_jax.tasks.countdown:records?count=13000&seed=0&numbers=2&most=99"
     c.data.row_length = 17  # bos, 8 characters of the problem, 8 of the solution
     c.data.batch_rows = 128
-    c.optimizer.warmup_steps = 100
+    c.optimizer.warmup_steps = 50
     c.optimizer.schedule = "constant"
     c.optimizer.end_fraction = 1.0
     return c
