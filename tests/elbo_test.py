@@ -214,6 +214,7 @@ def test_golden_terms(golden):
                 np.testing.assert_allclose(terms[:, 0], get[f"{name}_terms"], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_example_in_the_docstring_runs():
     import doctest
 

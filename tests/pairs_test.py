@@ -237,7 +237,10 @@ def test_cli_writes_a_preference_source(model_folder, tmp_path, capsys):
     assert not (tmp_path / "none.jsonl").exists()
 
 
-@pytest.mark.parametrize("template", sampling_command.TEMPLATES)
+@pytest.mark.parametrize(
+    "template",
+    ["chat", *(pytest.param(t, marks=pytest.mark.slow) for t in ("plain", "raw"))],
+)
 def test_sampling_cli_prints_a_response(model_folder, tmp_path, capsys, template):
     ours = tmp_path / "ours"
     convert.import_folder(model_folder, ours)

@@ -1,9 +1,9 @@
 """Countdown: reach a number with the given numbers, each used once; a generator and a verifier.
 
 A prompt is "03,04,07:25": the numbers, then the target. A response is the equations that lead to
-it, "03*07=21,21+04=25". All results are from 1 to 99, and all numbers are written with two digits, so
-that all responses to as many numbers have one length. As a data source it is written
-`python:llada_jax.tasks.countdown:records?count=20000&seed=0`.
+it, "03*07=21,21+04=25". All results are from 1 to 99, and all numbers are written with two digits,
+so that all responses to as many numbers have one length. As a data source it is written
+`python:llada_jax.tasks.countdown:records?count=8000&seed=0`.
 """
 
 import re
@@ -27,9 +27,9 @@ def records(
 ) -> Iterator[dict[str, str]]:
     """Yields `count` distinct problems that can be solved, with one solution each.
 
-    A record is {"prompt": problem, "response": solution}; the numbers given are from 1 to `most`. The
-    same seed gives the same problems.
-    The splits "train" and "heldout" (one problem in eight) share none, whatever the seeds.
+    A record is {"prompt": problem, "response": solution}; the numbers given are from 1 to `most`.
+    The same seed gives the same problems. The splits "train" and "heldout" (one problem in eight)
+    share none, whatever the seeds.
     Raises ValueError for an invalid argument, or if there are fewer than `count` problems.
     """
     for name, value, least, limit in (

@@ -55,7 +55,7 @@ def tiny(objective="vrpo", **settings):
     "objective, changes",
     [
         pytest.param("vrpo", {"vrpo.reference": "model", "vrpo.mc_chunk": 1}, marks=SLOW),
-        ("vrpo", {"vrpo.reference": "cached"}),
+        pytest.param("vrpo", {"vrpo.reference": "cached"}, marks=SLOW),
         pytest.param("sft", {}, marks=SLOW),
     ],
     ids=["vrpo-model", "vrpo-cached", "sft"],

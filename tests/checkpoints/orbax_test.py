@@ -305,6 +305,7 @@ def test_restore_params_of_a_workdir_or_a_step(tmp_path, monkeypatch):
             orbax.restore_params(path)
 
 
+@pytest.mark.slow
 def test_hosts_fall_back_together(tmp_path):
     code = """if True:
         import sys

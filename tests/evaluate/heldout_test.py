@@ -131,7 +131,8 @@ def test_preference_metrics_are_means_over_pairs(params, batch):
     )  # the same noise in both
 
 
-@pytest.mark.parametrize("share_noise", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("share_noise", [True, False])
 def test_score_variance_is_that_of_repeats_and_of_nested_draws(params, batch, share_noise):
     scheme = noise.Scheme(2, times="stratified", share_in_pair="masks")
     settings = Preference(beta=0.5, scheme=scheme, share_noise=share_noise, seed=3)

@@ -138,7 +138,10 @@ def test_the_model_is_registered():
     assert get_model("llada_jax") is LladaJax
 
 
-@pytest.mark.parametrize("estimator", ["unbiased", "few", "published"])
+@pytest.mark.parametrize(
+    "estimator",
+    ["unbiased", *(pytest.param(e, marks=pytest.mark.slow) for e in ("few", "published"))],
+)
 def test_multiple_choice(task, tmp_path, folder, model, words, logits_fn, estimator):
     records = [{"q": q, "choices": choices, "gold": gold} for q, choices, gold in PAIRS]
     template = dict(doc_to_text="{{q}}", doc_to_choice="{{choices}}", doc_to_target="{{gold}}")

@@ -85,7 +85,10 @@ def test_leading_axes_are_free(params, tokens):
     np.testing.assert_allclose(apply(tokens[0]), apply(tokens)[0], atol=1e-3)
 
 
-@pytest.mark.parametrize("chunk, weight_tying", [(6, False), (10, True), (64, False)])
+@pytest.mark.parametrize(
+    "chunk, weight_tying",
+    [(10, True), *(pytest.param(c, False, marks=pytest.mark.slow) for c in (6, 64))],
+)
 def test_token_logps_are_those_of_the_full_logits(tokens, chunk, weight_tying):
     config = dataclasses.replace(CONFIG, weight_tying=weight_tying)
     chunked = LLaDA(config, logps_chunk=chunk)

@@ -84,7 +84,8 @@ def outputs(model):
     return compute
 
 
-@pytest.mark.parametrize("tying", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tying", [False, True])
 def test_all_outputs_are_those_of_the_dequantised_weights(tying):
     """Truth: the ordinary model with float32 weights values * scale.
 

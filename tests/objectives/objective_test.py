@@ -72,6 +72,7 @@ def logged(workdir, name):
     return [line[name] for line in lines if name in line]
 
 
+@pytest.mark.slow
 def test_it_trains_evaluates_and_resumes(tmp_path):
     """Truth: at power 1 it is SFT; at power 2 the first loss is the mean of squares, not SFT's."""
     runs = {}

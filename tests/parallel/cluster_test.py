@@ -166,6 +166,7 @@ def test_two_processes_go_on_with_the_run_of_one(config, whole, tmp_path, monkey
     assert_same_steps(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_line(config, tmp_path):
     with cluster(*trainer(config, tmp_path, **{"mesh.tensor": 3})) as process:
         _, errors = process.communicate(timeout=60)

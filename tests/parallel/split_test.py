@@ -156,6 +156,7 @@ def test_five_steps_are_those_of_one_device(kind, sizes, cached, accumulate):
     assert_close(params, expected_params)
 
 
+@pytest.mark.slow
 def test_metrics_of_devices_are_those_of_all_rows():
     """Truth: the same evaluation on the whole batch. The counts are unequal, one is 0."""
     p = make("pmap", (8, 1, 1))

@@ -40,7 +40,11 @@ def padded_prompts():
         pytest.param("dual", dict(WINO, block_length=16), marks=pytest.mark.slow),
         pytest.param("prefix", dict(WINO, block_length=16), marks=pytest.mark.slow),
         pytest.param("delayed", dict(WINO, block_length=16), marks=pytest.mark.slow),
-        ("selective", dict(cfg_scale=0.5, refresh_prompt=1, transfer_ratio=0.5)),
+        pytest.param(
+            "selective",
+            dict(cfg_scale=0.5, refresh_prompt=1, transfer_ratio=0.5),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_cache_renewed_in_each_pass_is_no_cache(cache, settings):
@@ -65,7 +69,7 @@ def test_a_cache_renewed_in_each_pass_is_no_cache(cache, settings):
     "cache, settings",
     [
         pytest.param("prefix", {}, marks=pytest.mark.slow),
-        ("dual", {}),
+        pytest.param("dual", {}, marks=pytest.mark.slow),
         pytest.param("dual", WINO, marks=pytest.mark.slow),
         pytest.param("delayed", {}, marks=pytest.mark.slow),
         pytest.param("selective", PARTS, marks=pytest.mark.slow),

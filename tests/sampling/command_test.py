@@ -27,6 +27,7 @@ def run(*flags):
     return cli.run(command.main, command.parser(), [*FLAGS, *flags])
 
 
+@pytest.mark.slow
 def test_a_file_of_responses_is_continued(tmp_path, monkeypatch, capsys):
     run(*(f"--prompt={puzzle}" for puzzle in PUZZLES))
     printed = capsys.readouterr().out.splitlines()

@@ -65,7 +65,7 @@ CASES = {
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(c, marks=() if c in ("drawn", "ties") else pytest.mark.slow) for c in CASES],
+    [pytest.param(c, marks=() if c == "ties" else pytest.mark.slow) for c in CASES],
 )
 def test_tokens_of_a_row_are_its_own(case):
     # Truth: the same prompts, one by one. 0 of 2400 tokens differ. Rows that are finished early

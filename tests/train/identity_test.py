@@ -54,7 +54,7 @@ def changes_of(objective, old_runs):
     }
 
 
-@pytest.mark.parametrize("objective", ["sft", "vrpo"])
+@pytest.mark.parametrize("objective", [pytest.param("sft", marks=pytest.mark.slow), "vrpo"])
 def test_a_run_of_version_0_1_0_continues(old_runs, tmp_path, capsys, objective):
     """Truth: the losses that the old version logged for its last two steps."""
     workdir = shutil.copytree(old_runs / objective, tmp_path / "run")

@@ -262,6 +262,7 @@ def test_vrpo_logs_what_users_of_dpo_expect(vrpo_run):
     )
 
 
+@pytest.mark.slow
 def test_another_mesh_takes_the_same_steps(vrpo, vrpo_run, tmp_path):
     changes = vrpo | {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
     plan = make_plan(config_of(changes), tmp_path)
@@ -279,6 +280,7 @@ def read_only(fill):
     return filling
 
 
+@pytest.mark.slow
 def test_a_cached_reference_takes_the_same_steps(vrpo, vrpo_run, tmp_path, monkeypatch):
     cached = vrpo | {"vrpo.reference": "cached"}
     with monkeypatch.context() as patch:
@@ -304,6 +306,7 @@ def test_a_cached_reference_takes_the_same_steps(vrpo, vrpo_run, tmp_path, monke
     assert min(copies) == 6 and min(vrpo_run[1]) == 8
 
 
+@pytest.mark.slow
 def test_a_cached_reference_has_the_epochs_of_a_run_that_goes_on_with_smaller_batches(
     vrpo, tmp_path, monkeypatch
 ):
@@ -420,6 +423,7 @@ def test_a_run_that_is_stopped_in_every_way_takes_the_same_steps(
     assert_same_params(tmp_path, sft)
 
 
+@pytest.mark.slow
 def test_a_signal_during_an_evaluation_is_obeyed(sft, tmp_path, monkeypatch, capsys):
     # In the middle of the run, and again at the start of the next one, which begins with the same
     # evaluation.

@@ -191,12 +191,12 @@ def test_chunks_of_the_budget_change_nothing(policy, frozen, batch, chunk):
     assert_same(run(policy, batch, frozen, dataclasses.replace(SETTINGS, mc_chunk=chunk)), whole)
 
 
-@pytest.mark.parametrize("accumulate", [2, 4])
+@pytest.mark.parametrize("accumulate", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_accumulation_changes_nothing(policy, frozen, batch, accumulate):
     assert_same(run(policy, batch, frozen, accumulate=accumulate), run(policy, batch, frozen))
 
 
-@pytest.mark.parametrize("share_noise", [True, False])
+@pytest.mark.parametrize("share_noise", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_cached_reference_is_the_reference(policy, frozen, batch, share_noise):
     settings = dataclasses.replace(SETTINGS, share_noise=share_noise)
     terms = preference.reference_terms(frozen, batch, model=MODEL, settings=settings)
@@ -256,7 +256,9 @@ def test_rows_of_padding_and_other_rows_order_change_nothing(policy, frozen, bat
     assert_same(run(policy, more, frozen), run(policy, batch, frozen))
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 2, 2)], ids=str
+)
 def test_a_mesh_of_eight_computes_what_one_device_does(policy, frozen, sizes):
     batch = make_batch(LAYOUT * 2, LENGTH)
     one = run(policy, batch, frozen, accumulate=1)
@@ -274,6 +276,7 @@ def test_a_mesh_of_eight_computes_what_one_device_does(policy, frozen, sizes):
     assert_same(eight, one, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_budget():
     """memory_analysis of the compiled gradient: n = 8 in chunks of one against n = 1."""
     config = dataclasses.replace(
@@ -303,6 +306,7 @@ def test_memory_does_not_grow_with_the_budget():
     assert whole > 3 * one, "without chunks it does grow"
 
 
+@pytest.mark.slow
 def test_no_logits_beyond_a_chunk():
     """The compiled step has no float array of vocabulary width but the head and the embedding."""
     import re

@@ -96,6 +96,7 @@ def toy():
     return params(1), params(2), batch, Problem(terms_fn, beta=0.1, parts=PARTS)
 
 
+@pytest.mark.slow
 def test_the_example_in_the_docstring_runs():
     assert doctest.testmod(variance).failed == 0 and doctest.testmod(variance).attempted >= 7
 
@@ -247,6 +248,7 @@ def test_streamed_v_t_and_v_yt_of_gradients_are_those_of_stacked_ones(toy, one_p
         np.testing.assert_allclose(values, expected, rtol=1e-3, err_msg=name)
 
 
+@pytest.mark.slow
 def test_repeats_agree_with_their_prediction(toy):
     params, reference, batch, problem = toy
     repeat = jax.jit(problem.repeat, static_argnames="estimator")
@@ -293,6 +295,7 @@ def by_count(theta, tokens):
     )
 
 
+@pytest.mark.slow
 def test_theorem_4_and_the_limits_of_one_pair_against_enumeration():
     size, theta, other, beta, repeats = np.array([5, 3]), 0.7, 0.2, 0.5, 3000
     segments = jnp.repeat(jnp.array([[1, 2]]), 6, axis=1)
@@ -655,6 +658,7 @@ def test_a_scheme_of_an_imported_module_is_known(tmp_path, monkeypatch, capsys):
         assert message in refusal(capsys, command, *argv, *flags)
 
 
+@pytest.mark.slow
 def test_other_weights_at_the_same_path_do_not_reuse_results(tmp_path, monkeypatch, capsys):
     def measure(run):
         raise ValueError("measured")
