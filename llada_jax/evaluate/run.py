@@ -14,7 +14,7 @@ from llada_jax import metrics
 from llada_jax.evaluate import lines, table
 from llada_jax.evaluate.answers import Model, answer, prompts_of
 from llada_jax.evaluate.plan import Plan
-from llada_jax.evaluate.summary import judge_all, summarise
+from llada_jax.evaluate.summary import judge_all, protection, summarise
 from llada_jax.files import write_whole
 from llada_jax.parallel import agree, hosts
 
@@ -81,12 +81,13 @@ def _scored(plan: Plan, found: list[dict], unsafe: bool) -> dict[str, Any]:
     responses = [
         (by_id[line["id"]].where, by_id[line["id"]].record, line["response"]) for line in found
     ]
+    protected = protection(plan.task)
     with metrics.Progress(len(responses), unit="verdict", show=(), every=5) as progress:
         verdicts = judge_all(plan.task, responses, unsafe=unsafe, progress=progress.update)
     of_id: dict[str, list] = {}
     for line, verdict in zip(found, verdicts, strict=True):
         of_id.setdefault(line["id"], []).append(verdict)
-    return summarise(of_id)
+    return summarise(of_id) | protected
 
 
 def environment() -> dict[str, Any]:

@@ -10,7 +10,7 @@ from llada_jax.data.sources import raw_records
 from llada_jax.data.sources.source import BadRecord
 from llada_jax.evaluate import lines
 from llada_jax.evaluate.questions import Question, read_questions
-from llada_jax.evaluate.summary import judge_all, summarise
+from llada_jax.evaluate.summary import judge_all, protection, summarise
 from llada_jax.evaluate.table import percent
 
 
@@ -41,12 +41,13 @@ def run(args: argparse.Namespace) -> None:
     questions = {q.id: q for q in read_questions(task, source, "chat", keep_all=True)}
     found = _responses(args.responses, questions)
     responses = [(f"{args.responses}: {key}", questions[key].record, text) for key, text in found]
+    protected = protection(task)
     with metrics.Progress(len(responses), unit="verdict", show=(), every=5) as progress:
         verdicts = judge_all(task, responses, unsafe=args.unsafe, progress=progress.update)
     of_id: dict[str, list] = {}
     for (key, _), verdict in zip(found, verdicts, strict=True):
         of_id.setdefault(key, []).append(verdict)
-    result: dict[str, Any] = {"task": args.task, **summarise(of_id)}
+    result: dict[str, Any] = {"task": args.task, **summarise(of_id), **protected}
     tested = [key for key, q in questions.items() if task.keep is None or task.keep(q.record)]
     result |= {
         "missing": len(set(tested) - of_id.keys()),

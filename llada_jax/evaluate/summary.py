@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from llada_jax.tasks import Task
+from llada_jax.tasks import Task, sandbox
 
 Verdict = Mapping[str, float | list[float]]  # what `Task.judge` returns
 KS = (1, 2, 4, 5, 8, 10, 16, 32, 64, 100)  # of pass@k
@@ -46,6 +46,15 @@ def judge_all(
             pool.shutdown(cancel_futures=True)
             raise
     return found
+
+
+def protection(task: Task) -> dict[str, str]:
+    """{"protection": name} of the sandbox in which a task's programs run here, or {}; says it."""
+    if not task.runs_code:
+        return {}
+    name = sandbox.protection()
+    print(f"generated programs run under: {name}", flush=True)
+    return {"protection": name}
 
 
 def summarise(verdicts: Mapping[str, Sequence[Verdict]]) -> dict[str, Any]:

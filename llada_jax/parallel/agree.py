@@ -85,7 +85,7 @@ def check_shared(directory: epath.PathLike):
         raise ValueError(
             f"{directory} is not the same on all hosts (process {jax.process_index()} shares it"
             f" with {seen} of {jax.process_count()}):"
-            " give a --workdir on a shared file system or gs://"
+            " give one on a shared file system, or gs:// for a --workdir"
         )
 
 

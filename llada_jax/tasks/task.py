@@ -46,8 +46,8 @@ class Task:
     keep: which records are tested; all by default.
     is_shot: which records of the source are the worked examples; by default none, and a file
         gives them.
-    runs_code: whether `score` runs the response as a program. It then takes `unsafe`, whether it
-        may do so without protection.
+    runs_code: whether `score` runs the response as a program, in `tasks.sandbox`. It then takes
+        `unsafe`, whether it may do so without protection.
     """
 
     fields: Mapping[str, type | tuple[type, ...]]
