@@ -171,10 +171,10 @@ def test_settings_reach_the_sampler_and_the_file(monkeypatch, capsys, folder, to
 @pytest.mark.slow
 def test_a_real_model_answers(monkeypatch, capsys, folder, tok):
     # Truth: in one step, the best token of each position, from the model itself without padding.
-    programs = loop.some_passes._cache_size()
+    programs = loop.advance._cache_size()
     lines = ["hello", "/new", "the café"]
     out, _ = plain(monkeypatch, capsys, folder, lines, "--steps=1", "--logits_eos_inf")
-    assert loop.some_passes._cache_size() == programs + 1  # for prompts of two lengths
+    assert loop.advance._cache_size() == programs + 1  # for prompts of two lengths
     logits_fn, *_ = command.loading.open_model(str(folder))
     answers = []
     for text in lines[::2]:
