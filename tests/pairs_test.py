@@ -228,7 +228,7 @@ def test_cli_writes_a_preference_source(model_folder, tmp_path, capsys):
     for change, message in (
         ([], "100.0% of prompts without contrast, 0 pairs: nothing to prefer"),
         (["--temperature=0"], "--temperature=0 gives every sample"),
-        (["--gen_length=64", "--block_length=64"], "exceed the model's 64"),
+        (["--gen_length=64", "--block_length=64"], "exceed the 64 that the model takes"),
         (["--prompts=jsonl:nowhere.jsonl"], "nowhere.jsonl"),
         (["--model=nowhere"], "nowhere does not exist"),
     ):
