@@ -11,11 +11,11 @@ solved to rise from 45 % to 65 %, and to 58 % with the published weight of the d
 (`--config.vrpo.sft_weight=0.05`).
 """
 
-from configs import sft_countdown
+from configs import sft_countdown, sft_sudoku
 
 
 def get_config():
-    c = sft_countdown.countdown("vrpo")
+    c = sft_countdown.countdown(sft_sudoku.sudoku("vrpo"))
     c.init_from = "runs/sft_countdown"
     c.data.tokenizer = ""  # that of the model
     c.data.train = "jsonl:runs/countdown_pairs.jsonl.gz"
