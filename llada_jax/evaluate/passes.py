@@ -19,7 +19,7 @@ from llada_jax.evaluate import lines
 from llada_jax.evaluate.answers import Model
 from llada_jax.evaluate.passes_picture import draw
 from llada_jax.evaluate.questions import Question, encode, read_questions
-from llada_jax.evaluate.summary import judge_all, summarise
+from llada_jax.evaluate.summary import scored
 from llada_jax.files import write_whole
 from llada_jax.sampling.flags import FLAGS
 from llada_jax.tasks import Task
@@ -156,9 +156,7 @@ def measure(
         ids = sampling.trim(response.tokens, model.special["eos_id"], model.special["eot_id"])
         texts[response.index] = text
         tokens, passes = tokens + len(ids), passes + response.passes
-    responses = [(q.where, q.record, text) for q, text in zip(questions, texts, strict=True)]
-    verdicts = judge_all(task, responses)
-    result = summarise({q.id: [verdict] for q, verdict in zip(questions, verdicts, strict=True)})
+    result = scored(task, list(zip(questions, texts, strict=True)))
     return {
         "accuracy": result["mean"],
         "accuracy_stderr": result["stderr"],

@@ -6,7 +6,7 @@ from typing import Any
 
 from llada_jax import sampling
 from llada_jax.evaluate.questions import Question, encode
-from llada_jax.evaluate.summary import judge_all, summarise
+from llada_jax.evaluate.summary import scored
 from llada_jax.tasks import Task
 
 
@@ -34,9 +34,7 @@ def solve_rate(
         texts[response.index] = text
         if progress:
             progress(done, len(prompts))
-    responses = [(q.where, q.record, text) for q, text in zip(questions, texts, strict=True)]
-    verdicts = judge_all(task, responses)
-    result = summarise({q.id: [verdict] for q, verdict in zip(questions, verdicts, strict=True)})
+    result = scored(task, list(zip(questions, texts, strict=True)))
     return {
         "solve/rate": result["mean"],
         "solve/rate_stderr": math.nan if result["stderr"] is None else result["stderr"],

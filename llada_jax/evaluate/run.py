@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 
 from llada_jax import metrics
 from llada_jax.evaluate import lines, table
 from llada_jax.evaluate.answers import Model, answer, prompts_of
 from llada_jax.evaluate.plan import Plan
-from llada_jax.evaluate.summary import judge_all, protection, summarise
+from llada_jax.evaluate.summary import scored
 from llada_jax.files import write_whole
 from llada_jax.parallel import agree, hosts
 
@@ -40,14 +39,14 @@ def run(
         hosts.say(f"{plan.name}: {len(plan.questions)} questions, settings {_shown(plan)}")
         parts = lines.Parts(out, plan.name, *host)
         answer(plan, model, parts, args.batch_size, host)
-        if host[1] > 1:
-            multihost_utils.sync_global_devices(f"{plan.name} is answered")
+        agree.meet()
         if hosts.is_first():
             _write(plan, parts, out, about, args.unsafe)
     if hosts.is_first():
         text = table.of_folder(out)
         write_whole(out / "table.md", text)
         print(text, end="")
+    agree.meet()  # a host that ends early would take the first one with it, which still scores
 
 
 def _shown(plan: Plan) -> str:
@@ -78,16 +77,12 @@ def _write(plan: Plan, parts: lines.Parts, out: pathlib.Path, about: dict, unsaf
 
 def _scored(plan: Plan, found: list[dict], unsafe: bool) -> dict[str, Any]:
     by_id = {question.id: question for question in plan.questions}
-    responses = [
-        (by_id[line["id"]].where, by_id[line["id"]].record, line["response"]) for line in found
-    ]
-    protected = protection(plan.task)
+    responses = [(by_id[line["id"]], line["response"]) for line in found]
     with metrics.Progress(len(responses), unit="verdict", show=(), every=5) as progress:
-        verdicts = judge_all(plan.task, responses, unsafe=unsafe, progress=progress.update)
-    of_id: dict[str, list] = {}
-    for line, verdict in zip(found, verdicts, strict=True):
-        of_id.setdefault(line["id"], []).append(verdict)
-    return summarise(of_id) | protected
+        result = scored(plan.task, responses, unsafe=unsafe, progress=progress.update)
+    if "protection" in result:
+        print(f"the programs ran under: {result['protection']}")
+    return result
 
 
 def environment() -> dict[str, Any]:

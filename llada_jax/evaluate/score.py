@@ -2,7 +2,6 @@
 
 import argparse
 import pathlib
-from typing import Any
 
 from llada_jax import metrics, tasks
 from llada_jax.data.records import parse
@@ -10,7 +9,7 @@ from llada_jax.data.sources import raw_records
 from llada_jax.data.sources.source import BadRecord
 from llada_jax.evaluate import lines
 from llada_jax.evaluate.questions import Question, read_questions
-from llada_jax.evaluate.summary import judge_all, protection, summarise
+from llada_jax.evaluate.summary import scored
 from llada_jax.evaluate.table import percent
 
 
@@ -40,20 +39,18 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.task} has no records of its own: give --data=jsonl:FILE")
     questions = {q.id: q for q in read_questions(task, source, "chat", keep_all=True)}
     found = _responses(args.responses, questions)
-    responses = [(f"{args.responses}: {key}", questions[key].record, text) for key, text in found]
-    protected = protection(task)
+    responses = [(questions[key], text) for key, text in found]
     with metrics.Progress(len(responses), unit="verdict", show=(), every=5) as progress:
-        verdicts = judge_all(task, responses, unsafe=args.unsafe, progress=progress.update)
-    of_id: dict[str, list] = {}
-    for (key, _), verdict in zip(found, verdicts, strict=True):
-        of_id.setdefault(key, []).append(verdict)
-    result: dict[str, Any] = {"task": args.task, **summarise(of_id), **protected}
+        result = scored(task, responses, unsafe=args.unsafe, progress=progress.update)
     tested = [key for key, q in questions.items() if task.keep is None or task.keep(q.record)]
+    result = {"task": args.task} | result
     result |= {
-        "missing": len(set(tested) - of_id.keys()),
+        "missing": len(set(tested) - result["verdicts"].keys()),
         "about": {"data": source, "responses": args.responses},
     }
     lines.write_json(pathlib.Path(args.out).expanduser(), result)
+    if "protection" in result:
+        print(f"the programs ran under: {result['protection']}")
     for name, value in result["metrics"].items():
         print(f"{name} {percent(**value)} % of {result['n']} questions")
     if result["missing"]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from llada_jax.evaluate.questions import Question
 from llada_jax.tasks import Task, sandbox
 
 Verdict = Mapping[str, float | list[float]]  # what `Task.judge` returns
@@ -48,13 +49,24 @@ def judge_all(
     return found
 
 
-def protection(task: Task) -> dict[str, str]:
-    """{"protection": name} of the sandbox in which a task's programs run here, or {}; says it."""
-    if not task.runs_code:
-        return {}
-    name = sandbox.protection()
-    print(f"generated programs run under: {name}", flush=True)
-    return {"protection": name}
+def scored(
+    task: Task,
+    responses: Sequence[tuple[Question, str]],
+    *,
+    unsafe: bool = False,
+    progress: Callable[[int], object] | None = None,
+) -> dict[str, Any]:
+    """Judges responses (`judge_all`) and summarises them; several of a question are its samples.
+
+    The result of a task that runs programs also has `protection`, the sandbox's.
+    """
+    asked = ((question.where, question.record, text) for question, text in responses)
+    verdicts: dict[str, list[Verdict]] = {}
+    found = judge_all(task, asked, unsafe=unsafe, progress=progress)
+    for (question, _), verdict in zip(responses, found, strict=True):
+        verdicts.setdefault(question.id, []).append(verdict)
+    protected = {"protection": sandbox.protection()} if task.runs_code else {}
+    return summarise(verdicts) | protected
 
 
 def summarise(verdicts: Mapping[str, Sequence[Verdict]]) -> dict[str, Any]:
