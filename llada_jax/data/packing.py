@@ -34,9 +34,9 @@ class Packing:
     kind: "preference" (pairs), "sft" (a prompt and a response) or "text" (documents). Text
         documents are put between bos and EOS, joined end to end and cut into rows; a last short row
         is dropped. `template` and `too_long` have no effect on text.
-    answer_multiple: for "sft", the response is padded with EOS to a multiple of this many tokens,
-        but not past the row. The padding is part of the response. If it equals row_length, every
-        row holds exactly one sample, as in the published SFT.
+    answer_multiple: responses are padded with EOS to a multiple of this many tokens, but not past
+        the row. The padding is part of the response. If it equals row_length, every row of "sft"
+        holds exactly one sample, as in the published SFT.
     too_long: what to do with a sample that is longer than a row. (The length of a pair is twice its
         prompt plus both responses.) "drop" drops it. "truncate" cuts the end of the longer
         response, then of both; an EOS at the end is cut too. A sample is still dropped if its
@@ -48,7 +48,7 @@ class Packing:
     row_length: int = 4096  # tokens of a row
     template: str = "chat"  # how a prompt becomes tokens: "chat" or "plain"
     append_eos: bool = True  # a response or document ends with EOS
-    # sft: pad responses with EOS to a multiple of this; published: row_length
+    # pad responses with EOS to a multiple of this; the published SFT: row_length
     answer_multiple: int = 1
     too_long: str = "drop"  # samples longer than a row: "drop" or "truncate"
     bad_records: str = "stop"  # "stop" with an error at the first one, or "skip" and count
@@ -61,9 +61,9 @@ class Packing:
         config.one_of(self, too_long=("drop", "truncate"), bad_records=("stop", "skip"))
         config.one_of(self, split=("train", "heldout"))
         config.at_least(self, row_length=2, answer_multiple=1, limit=0)
-        if self.answer_multiple > 1 and self.kind != "sft":
+        if self.answer_multiple > 1 and self.kind == "text":
             raise ValueError(
-                f'answer_multiple={self.answer_multiple} is for kind="sft"; use 1 for {self.kind!r}'
+                f"answer_multiple={self.answer_multiple} is for responses; use 1 for text"
             )
         if not 0 <= self.holdout < 1:
             raise ValueError(
@@ -246,11 +246,14 @@ class Packer:
             if len(responses) > 1 and np.array_equal(*responses):
                 return None
             self.stats.truncated += 1
-        if (multiple := self.settings.answer_multiple) > 1:
-            size = min(-(-len(responses[0]) // multiple) * multiple, room)
-            fill = np.full(size - len(responses[0]), self.tokenizer.eos_id, np.int32)
-            responses = [np.concatenate([responses[0], fill])]
-        return responses
+        left = room - sum(map(len, responses))
+        padded = []
+        for response in responses:
+            fill = min(-len(response) % self.settings.answer_multiple, left)
+            left -= fill
+            ends = np.full(fill, self.tokenizer.eos_id, np.int32)
+            padded.append(np.concatenate([response, ends]))
+        return padded
 
     def why_empty(self) -> str:
         """The error message for a source that gave no row."""

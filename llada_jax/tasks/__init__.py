@@ -11,6 +11,7 @@ from llada_jax.tasks import (
     humaneval,
     ifeval,
     mbpp,
+    reviews,
     sudoku,
 )
 from llada_jax.tasks.task import Score, Settings, Task
@@ -23,6 +24,7 @@ TASKS: dict[str, Task] = {
     "ifeval": ifeval.TASK,
     "math": competition_math.TASK,
     "mbpp": mbpp.TASK,
+    "reviews": reviews.TASK,
     "sudoku": sudoku.TASK,
 }
 

@@ -228,6 +228,16 @@ def test_answer_multiple(multiple, answers, tok, write, prepare):
     assert len(rows) == (2 if multiple == 64 else 1)
 
 
+def test_answer_multiple_of_pairs(tok, write, prepare):
+    pairs = [{"prompt": "1", "chosen": "23", "rejected": "4567"}]
+    for row_length, answers in ((64, [8, 8]), (16, [6, 6]), (15, [6, 5])):
+        multiple = answers[0]
+        rows = prepare(write(pairs), "preference", answer_multiple=multiple, row_length=row_length)
+        found = [answer for _, answer in segments(rows[0])]
+        assert [len(answer) for answer in found] == answers
+        assert set(found[0][2:]) == set(found[1][4:]) == {tok.eos_id}
+
+
 def test_without_eos(tok, write, prepare):
     rows = prepare(write([{"prompt": "1", "response": "2"}]), "sft", append_eos=False)
     assert rows[0]["tokens"].tolist() == [tok.bos_id, *tok.encode("12")]
@@ -391,7 +401,7 @@ def test_sources_that_give_nothing(write, prepare):
         ({"row_length": 1}, "row_length=1 must be at least 2"),
         ({"limit": -1}, "limit=-1 must be at least 0"),
         ({"answer_multiple": 0}, "answer_multiple=0 must be at least 1"),
-        ({"answer_multiple": 8}, 'answer_multiple=8 is for kind="sft"'),
+        ({"answer_multiple": 8, "kind": "text"}, "answer_multiple=8 is for responses"),
     ],
 )
 def test_settings_are_checked(settings, message):
