@@ -1,7 +1,7 @@
 """Trains the small LLaDA that ships with the package on film reviews from a grammar.
 
-    python -m llada_jax.train --config=configs/sft_reviews.py --workdir=runs/sft_reviews
-    python -m llada_jax.convert export runs/sft_reviews runs/reviews_base --dtype=bfloat16
+python -m llada_jax.train --config=configs/sft_reviews.py --workdir=runs/sft_reviews
+python -m llada_jax.convert export runs/sft_reviews runs/reviews_base --dtype=bfloat16
 """
 
 import pathlib

@@ -21,32 +21,37 @@ SPLITS = ("train", "heldout")
 BROKEN = 6.0  # what a review that is not whole costs
 _HELDOUT_SHARE = 8  # one prompt in 8 is held out
 
-_WOMEN = "Nora Ines Mara Yuki Lena Zadie Freya Amal Ruth Celia".split()
-_MEN = "Otto Ivan Hugo Kofi Luca Pavel Omar Finn Boris Emil".split()
-_GENRES = "western comedy musical thriller romance tragedy satire fable ballad farce".split()
-_PLACES = "Rome Oslo Lima Cairo Kyoto Paris Quebec Delhi Malta Dublin".split()
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+_WOMEN = _words("Nora Ines Mara Yuki Lena Zadie Freya Amal Ruth Celia")
+_MEN = _words("Otto Ivan Hugo Kofi Luca Pavel Omar Finn Boris Emil")
+_GENRES = _words("western comedy musical thriller romance tragedy satire fable ballad farce")
+_PLACES = _words("Rome Oslo Lima Cairo Kyoto Paris Quebec Delhi Malta Dublin")
 # What a film is about: one of it, two of it.
 _HEROES = dict(
     pair.split("/")
-    for pair in (
+    for pair in _words(
         "thief/thieves queen/queens robot/robots ghost/ghosts sailor/sailors dancer/dancers "
         "farmer/farmers spy/spies doctor/doctors pirate/pirates widow/widows painter/painters "
         "giant/giants baker/bakers poet/poets twin/twins"
-    ).split()
+    )
 )
-_PARTS = "plot music ending dialogue".split()  # the parts of a film that are one,
-_MANY_PARTS = "jokes songs costumes actors".split()  # and those that are many
-_THINGS = "scenes heroes story sets".split()  # what a director fills or ruins
-_ADVERBS = "very quite rather truly".split()
+_PARTS = _words("plot music ending dialogue")  # the parts of a film that are one,
+_MANY_PARTS = _words("jokes songs costumes actors")  # and those that are many
+_THINGS = _words("scenes heroes story sets")  # what a director fills or ruins
+_ADVERBS = _words("very quite rather truly")
 
-_GOOD = "tender radiant witty daring graceful gripping luminous honest".split()
-_BAD = "wooden bloated tepid clumsy lifeless tired shrill hollow".split()
-_PLAIN = "quiet long strange modern".split()
-_GOOD_VERBS = "lights lifts fills".split()
-_BAD_VERBS = "drowns smothers ruins".split()
+_GOOD = _words("tender radiant witty daring graceful gripping luminous honest")
+_BAD = _words("wooden bloated tepid clumsy lifeless tired shrill hollow")
+_PLAIN = _words("quiet long strange modern")
+_GOOD_VERBS = _words("lights lifts fills")
+_BAD_VERBS = _words("drowns smothers ruins")
 _PLAIN_VERBS = ["follows"]
-_GOOD_WORDS = "warmth wit courage wonder".split()
-_BAD_WORDS = "noise syrup boredom fog".split()
+_GOOD_WORDS = _words("warmth wit courage wonder")
+_BAD_WORDS = _words("noise syrup boredom fog")
 _PLAIN_WORDS = ["silence"]
 _GOOD_ENDS = ["See it twice.", "Bring your friends.", "I loved it."]
 _BAD_ENDS = ["Stay at home.", "Save your money.", "I hated it."]
