@@ -30,8 +30,8 @@ FLOORS = (
     },
     {
         "variance": "batch elbo files losses metrics noise objectives",
-        "evaluate": "batch checkpoints data files likelihood metrics models objectives parallel "
-        "sampling tasks tokenizer",
+        "evaluate": "batch checkpoints data files likelihood metrics objectives parallel sampling "
+        "tasks tokenizer",
     },
     # The trainer, and what looks at it.
     {

@@ -106,7 +106,7 @@ def home_of(path: epath.Path) -> epath.Path | None:
 def add_flags(parser: argparse.ArgumentParser, data_parallel: int | None = None) -> None:
     """Adds the flags of a model that is sampled from: those of `open_model`.
 
-    data_parallel: also adds the flags of `open_split`, with this default of --data_parallel.
+    data_parallel: also adds those of `parallel.mesh.of_rows`, with this default.
     """
     parser.add_argument(
         "--model",
@@ -131,40 +131,19 @@ def add_flags(parser: argparse.ArgumentParser, data_parallel: int | None = None)
         parser.add_argument(f"--{name}", type=int, default=default, help=text)
 
 
-def open_model(path: str, dtype=None, quantize: str | None = None, shardings=None):
-    """Opens a model for the sampler by `load`; returns (logits_fn, config, tokenizer)."""
+def open_model(
+    path: str, dtype=None, quantize: str | None = None, mesh: jax.sharding.Mesh | None = None
+):
+    """Opens a model for the sampler by `load`; returns (logits_fn, config, tokenizer).
+
+    mesh: the devices over which the parameters are split; None puts all on the first one.
+    """
+    shardings = None
+    if mesh is not None:
+        shardings = mesh_lib.shardings(mesh, models.boxed_shapes(read_config(path)))
     model, params = load(path, dtype, shardings, quantize)
     logits_fn = Partial(model.apply, {"params": params})
     return logits_fn, model.config, tokenizer_lib.load(model_folder(path))
-
-
-def mesh_of(args: argparse.Namespace, batch_size: int) -> jax.sharding.Mesh | None:
-    """The mesh of devices of this host that the flags ask for; None: the first device alone.
-
-    Raises ValueError if there are fewer devices, or if the rows cannot be split over them.
-    """
-    devices = jax.local_devices()
-    rest = args.fsdp * args.tensor
-    data = len(devices) // rest if args.data_parallel == -1 and rest > 0 else args.data_parallel
-    asked = f"--data_parallel={args.data_parallel} --fsdp={args.fsdp} --tensor={args.tensor}"
-    if min(data, args.fsdp, args.tensor) < 1 or data * rest > len(devices):
-        raise ValueError(f"{asked} do not fit the {len(devices)} devices of this host: lower them")
-    if data * rest == 1:
-        return None
-    if batch_size % (data * args.fsdp):
-        raise ValueError(
-            f"--batch_size={batch_size} is no multiple of the {data * args.fsdp} parts of the rows "
-            f"({asked}): change it"
-        )
-    return mesh_lib.make_mesh(data, args.fsdp, args.tensor, devices[: data * rest])
-
-
-def open_split(args: argparse.Namespace, mesh: jax.sharding.Mesh | None):
-    """Opens the model of the flags, split over a mesh; returns what `open_model` does."""
-    shardings = None
-    if mesh is not None:
-        shardings = mesh_lib.shardings(mesh, models.boxed_shapes(read_config(args.model)))
-    return open_model(args.model, args.dtype, args.quantize, shardings)
 
 
 def special_ids(config, tokenizer) -> dict[str, int | None]:

@@ -12,12 +12,15 @@ python -m llada_jax.evaluate passes --model=DIR --out=DIR    accuracy against fo
 import argparse
 import sys
 
+import jax
+
 from llada_jax import cli
 from llada_jax.checkpoints import hashing, loading
 from llada_jax.evaluate import compare, harness, passes, plan, run, score, table
 from llada_jax.evaluate.answers import Model
 from llada_jax.evaluate.judge import command as judge
 from llada_jax.parallel import hosts
+from llada_jax.parallel import mesh as mesh_lib
 
 
 def parser() -> cli.Parser:
@@ -66,8 +69,9 @@ def main(args: argparse.Namespace):
 def _run(args: argparse.Namespace):
     plans = plan.plans(args)
     hosts.initialize(args.coordinator_address, args.num_processes, args.process_id)
-    mesh = loading.mesh_of(args, args.batch_size)
-    logits_fn, config, tokenizer = loading.open_split(args, mesh)
+    split = (args.data_parallel, args.fsdp, args.tensor)
+    mesh = mesh_lib.of_rows(args.batch_size, *split, devices=jax.local_devices())
+    logits_fn, config, tokenizer = loading.open_model(args.model, args.dtype, args.quantize, mesh)
     special = loading.special_ids(config, tokenizer)
     about = {name: getattr(args, name) for name in ("model", "dtype", "quantize")}
     about |= {

@@ -15,13 +15,13 @@ from llada_jax.sampling.flags import settings_of
 from llada_jax.sampling.settings import Settings
 
 OWN = ("batch_size", "max_length", "estimator", "mc_num", "add_bos_token", "published")
-OWN += ("fsdp", "tensor", "seed")
+OWN += ("data_parallel", "fsdp", "tensor", "seed")
 ANSWERS_DEPEND_ON = ("llada_jax", "model_fingerprint", "tokenizer_fingerprint", "settings")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the command."""
-    loading.add_flags(parser)
+    loading.add_flags(parser, data_parallel=-1)
     parser.add_argument("--tasks", required=True, help="NAME,NAME,... of tasks, groups or tags")
     parser.add_argument("--include_path", help="a folder with task files of your own")
     parser.add_argument("--out", help="folder for results and responses; it may be continued")
@@ -49,8 +49,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--published", action="store_true", help="ids and texts as LLaDA's own adapter makes them"
     )
-    parser.add_argument("--fsdp", type=int, default=1, help="devices that split the parameters")
-    parser.add_argument("--tensor", type=int, default=1, help="devices that split heads and MLP")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--unsafe",

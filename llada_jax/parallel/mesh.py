@@ -68,6 +68,36 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
     return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
 
 
+def of_rows(
+    batch_size: int, data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None
+) -> Mesh | None:
+    """Makes the mesh on which a model answers rows; None is the first device alone.
+
+    batch_size: rows in one model call.
+    data: parts of the rows; -1 takes what is left of `devices` (by default all, of all hosts).
+
+    Raises ValueError if the sizes do not fit the devices, if some of several hosts' devices are
+    left out, or if the rows cannot be split.
+    """
+    devices = jax.devices() if devices is None else devices
+    rest = fsdp * tensor
+    asked = f"data_parallel={data} fsdp={fsdp} tensor={tensor}"
+    whole = data == -1 or len({device.process_index for device in devices}) > 1
+    if data == -1 and rest > 0:
+        data = len(devices) // rest
+    used = data * rest
+    if min(data, fsdp, tensor) < 1 or used > len(devices) or (whole and used < len(devices)):
+        raise ValueError(f"{asked} do not fit the {len(devices)} devices: change them")
+    if used == 1:
+        return None
+    if batch_size % (data * fsdp):
+        raise ValueError(
+            f"batch_size={batch_size} is no multiple of the {data * fsdp} parts of the rows "
+            f"({asked}): change it"
+        )
+    return make_mesh(data, fsdp, tensor, devices[:used])
+
+
 def row_shards(mesh: Mesh) -> int:
     """Returns the number of parts into which the rows of a batch are split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -75,8 +75,8 @@ def main(args: argparse.Namespace):
         print(f"{args.out} has all {len(lines)} responses")
         return
 
-    mesh = loading.mesh_of(args, args.batch_size)
-    logits_fn, config, tokenizer = loading.open_split(args, mesh)
+    mesh = mesh_lib.of_rows(args.batch_size, args.data_parallel, args.fsdp, args.tensor)
+    logits_fn, config, tokenizer = loading.open_model(args.model, args.dtype, args.quantize, mesh)
     special = loading.special_ids(config, tokenizer)
     missing = [i for i in range(len(prompts)) if i not in lines]
     ids = [_encode(tokenizer, prompts[i], args.template) for i in missing]

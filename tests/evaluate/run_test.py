@@ -183,10 +183,22 @@ def test_the_command_on_the_shipped_model(tmp_path, capsys):
     assert result["about"]["model"] == SUDOKU and len(result["about"]["fingerprint"]) == 32
     capsys.readouterr()
     said = refusal(capsys, command, *flags, "--batch_size=9")
-    assert "--batch_size=9 is no multiple of the 8 parts of the rows" in said
+    assert "batch_size=9 is no multiple of the 8 parts of the rows" in said
     said = refusal(capsys, command, *flags, "--data_parallel=9")
-    assert "do not fit the 8 devices of this host" in said
+    assert "data_parallel=9 fsdp=1 tensor=1 do not fit the 8 devices: change them" in said
     assert "lines are appended" in refusal(capsys, command, *flags, "--out=gs://bucket/x")
+
+
+@pytest.mark.slow
+def test_a_split_model_answers_as_one_device_does(tmp_path):
+    flags = [f"--model={SUDOKU}", "--tasks=sudoku", "--limit=10", "--dtype=float32"]
+    found = []
+    for split in ("--data_parallel=1", "--fsdp=2 --tensor=2", "--data_parallel=1 --fsdp=4"):
+        out = tmp_path / str(len(found))
+        assert run_command(command, *flags, *split.split(), "--batch_size=8", f"--out={out}") == 0
+        written = map(json.loads, (out / "sudoku.responses.jsonl").open())
+        found.append([(line["id"], line["response"], line["passes"]) for line in written])
+    assert len(found[0]) == 10 and found[0] == found[1] == found[2]
 
 
 @pytest.mark.slow

@@ -29,6 +29,28 @@ def test_sizes_that_do_not_fit_are_one_line(sizes):
         mesh.make_mesh(*sizes)
 
 
+def test_a_mesh_of_rows_takes_what_is_asked_or_all():
+    assert dict(mesh.of_rows(8).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert dict(mesh.of_rows(4, fsdp=2, tensor=2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert mesh.of_rows(9, 1, 3).devices.size == 3
+    assert mesh.of_rows(7, 1) is None and mesh.of_rows(7, devices=jax.devices()[:1]) is None
+
+
+@pytest.mark.parametrize(
+    "batch_size, sizes, message",
+    [
+        (8, (-1, 3, 1), "data_parallel=-1 fsdp=3 tensor=1 do not fit the 8 devices: change them"),
+        (8, (3, 3, 1), "data_parallel=3 fsdp=3 tensor=1 do not fit"),
+        (8, (0, 1, 1), "data_parallel=0 fsdp=1 tensor=1 do not fit"),
+        (8, (-1, 0, 1), "data_parallel=-1 fsdp=0 tensor=1 do not fit"),
+        (6, (2, 2, 1), "batch_size=6 is no multiple of the 4 parts of the rows"),
+    ],
+)
+def test_a_mesh_of_rows_that_does_not_fit_is_one_line(batch_size, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        mesh.of_rows(batch_size, *sizes)
+
+
 def test_parameters_and_moments_are_sharded_by_the_rules_and_made_where_they_live():
     m = mesh.make_mesh(2, 2, 2)
     made = state.init_state(MODEL, TX, m, jax.random.key(0))

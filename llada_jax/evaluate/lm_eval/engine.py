@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 import llada_jax
-from llada_jax import likelihood, metrics, models, sampling
+from llada_jax import likelihood, metrics, sampling
 from llada_jax.checkpoints import hashing, loading
 from llada_jax.evaluate.lm_eval import generation
 from llada_jax.evaluate.lm_eval.texts import Texts
@@ -36,7 +36,8 @@ class Options:
         counts as greedy.
     add_bos_token: puts BOS before every prompt.
     published: ids and texts as LLaDA's eval_llada.py makes them (see `Texts`).
-    fsdp, tensor: devices over which the parameters, or the heads and the MLP, are split.
+    data_parallel, fsdp, tensor: how all devices split the rows, the parameters and rows, and the
+        heads and the MLP (`parallel.mesh.of_rows`).
     """
 
     model: str
@@ -49,6 +50,7 @@ class Options:
     check_greedy: bool = True
     add_bos_token: bool = False
     published: bool = False
+    data_parallel: int = -1
     fsdp: int = 1
     tensor: int = 1
     seed: int = 0
@@ -66,14 +68,11 @@ class Engine:
 
     def __init__(self, options: Options, sampler: dict[str, Any]):
         self.options, self.sampler = options, sampler
-        self._mesh = _mesh(options)
+        split = (options.data_parallel, options.fsdp, options.tensor)
+        self._mesh = mesh_lib.of_rows(options.batch_size, *split)
         self._estimator = _estimator(options)
-        shardings = None
-        if self._mesh is not None:
-            boxed = models.boxed_shapes(loading.read_config(options.model))
-            shardings = mesh_lib.shardings(self._mesh, boxed)
         self._logits_fn, config, self.tokenizer = loading.open_model(
-            options.model, options.dtype, options.quantize, shardings
+            options.model, options.dtype, options.quantize, self._mesh
         )
         # All hosts compute it; `about` is for the first one alone.
         self._fingerprint = hashing.fingerprint(self._logits_fn.args[0]["params"])
@@ -247,19 +246,6 @@ def _progress(total: int):
 
 def _columns(pairs: Sequence) -> tuple[list, list]:
     return [prompt for prompt, _ in pairs], [answer for _, answer in pairs]
-
-
-def _mesh(options: Options):
-    """The mesh of all devices, or None if there is one."""
-    if jax.device_count() == options.fsdp * options.tensor == 1:
-        return None
-    mesh = mesh_lib.make_mesh(fsdp=options.fsdp, tensor=options.tensor)
-    if options.batch_size % mesh_lib.row_shards(mesh):
-        raise ValueError(
-            f"batch_size={options.batch_size} is no multiple of the {mesh_lib.row_shards(mesh)} "
-            "parts into which the devices split the rows"
-        )
-    return mesh
 
 
 def _estimator(options: Options) -> dict[str, Any]:
