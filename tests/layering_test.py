@@ -24,8 +24,8 @@ FLOORS = (
     # What is done with a model.
     {
         "objectives": "batch config elbo losses noise",
-        "likelihood": "elbo noise",
-        "sampling": "",
+        "likelihood": "elbo noise parallel",
+        "sampling": "parallel",
         "tasks": "files",
     },
     {

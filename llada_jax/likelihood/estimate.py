@@ -18,12 +18,10 @@ from llada_jax.likelihood.rows import (
     in_order,
     one_row,
     pack,
-    parts,
-    place,
     predict,
-    to_host,
     traced,
 )
+from llada_jax.parallel.rows import parts, place, to_host
 
 # The fewest draws (a power of two) that had the variance of the published estimator at mc_num=128
 # on every model measured: on Sudoku; text needs fewer. See docs/likelihood.md.

@@ -14,12 +14,10 @@ from llada_jax.likelihood.rows import (
     checked,
     in_order,
     pack,
-    parts,
-    place,
     predict,
-    to_host,
     traced,
 )
+from llada_jax.parallel.rows import parts, place, to_host
 
 
 def is_greedy(

@@ -5,11 +5,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import flax.struct
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float32, Int, Int32
 
@@ -121,35 +118,6 @@ def _fill(
             indices[r, s], lengths[r, s] = index, len(answer)
             start = stop
     return Rows(tokens, segments, positions, places, indices, lengths, packed=several)
-
-
-def parts(row_sharding: NamedSharding | None, batch_size: int) -> int:
-    """The number of parts into which rows are split, 1 for None.
-
-    Raises ValueError if batch_size is no multiple of it.
-    """
-    if row_sharding is None:
-        return 1
-    devices = row_sharding.num_devices
-    count = devices // row_sharding.shard_shape((devices,))[0]
-    if batch_size % count:
-        raise ValueError(
-            f"batch_size={batch_size} is no multiple of the {count} parts into which row_sharding "
-            "splits the rows"
-        )
-    return count
-
-
-def place(x: Any, row_sharding: NamedSharding | None) -> Any:
-    """Splits a tree of arrays over the devices by rows."""
-    return x if row_sharding is None else jax.device_put(x, row_sharding)
-
-
-def to_host(x: jax.Array) -> np.ndarray:
-    """Returns the result of a computation; if other hosts hold parts of it, they are gathered."""
-    if not (x.is_fully_addressable or x.is_fully_replicated):
-        x = multihost_utils.process_allgather(x, tiled=True)
-    return np.asarray(x)
 
 
 def in_order(started: Iterable, ahead: int = 2) -> Iterator:

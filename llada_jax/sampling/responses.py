@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
+from llada_jax.parallel.rows import parts, place, to_host
 from llada_jax.sampling import loop
 from llada_jax.sampling.sampler import prepare
 from llada_jax.sampling.settings import Settings
@@ -96,9 +96,7 @@ def respond(
     settings |= dict(gen_length=longest, key=key)
     # Masks in a prompt compete with the response: these prompts have a sampler of their own.
     has_mask = np.array([settings.get("mask_id") in np.asarray(p) for p in prompts], bool)
-    parts = 1
-    if row_sharding is not None:
-        parts = batch_size // row_sharding.shard_shape((batch_size,))[0]
+    count = parts(row_sharding, batch_size)
     for group in (np.flatnonzero(~has_mask), np.flatnonzero(has_mask)):
         for width, chosen in buckets([len(prompts[i]) for i in group], batch_size):
             indices = [int(group[i]) for i in chosen]
@@ -109,7 +107,7 @@ def respond(
                 width=width,
                 padded=any(len(prompts[i]) != width for i in indices),
                 pad_id=pad_id,
-                size=min(batch_size, -(-len(indices) // parts) * parts),
+                size=min(batch_size, -(-len(indices) // count) * count),
                 sharding=row_sharding,
             )
             yield from _serve(logits_fn, queue, indices, stop, settings)
@@ -148,16 +146,13 @@ class _Queue:
             numbers[row] = self.numbers[index]
             if lengths is not None:
                 lengths[row] = self.lengths[index]
-        return dict(
-            prompts=self.place(tokens),
-            attention_mask=self.place(attended) if self.padded else None,
-            lengths=None if lengths is None else self.place(lengths),
-            row_ids=self.place(numbers),
+        rows = dict(
+            prompts=tokens,
+            attention_mask=attended if self.padded else None,
+            lengths=lengths,
+            row_ids=numbers,
         )
-
-    def place(self, x: np.ndarray):
-        """Splits an array over the devices."""
-        return x if self.sharding is None else jax.device_put(x, self.sharding)
+        return place(rows, self.sharding)
 
 
 def _serve(logits_fn, queue: _Queue, indices: list[int], stop, settings) -> Iterator[Response]:
@@ -177,13 +172,13 @@ def _serve(logits_fn, queue: _Queue, indices: list[int], stop, settings) -> Iter
             state = loop.blank(job.given, job.inputs, *fixed, queue.sharding)
         turn = loop.Turn(
             inputs=job.inputs._replace(**rows),
-            refilled=queue.place(np.isin(np.arange(queue.size), free)),
-            empty=queue.place(np.array([index is None for index in of_row])),
+            refilled=place(np.isin(np.arange(queue.size), free), queue.sharding),
+            empty=place(np.array([index is None for index in of_row]), queue.sharding),
             looks=np.bool_(stop is not None),
             limit=np.int32(2**31 - 1),
         )
         state, trace, blocks = loop.advance(job.given, state, turn, *fixed)
-        trace, blocks = jax.tree.map(_to_host, trace), _to_host(blocks)
+        trace, blocks = jax.tree.map(to_host, (trace, blocks))
         free = []
         for row, response in _finished(trace, blocks, job.settings, queue, of_row, stop):
             yield response
@@ -204,13 +199,6 @@ def _finished(trace, blocks, s: Settings, queue: _Queue, of_row, stop):
                 continue
             response.tokens[len(known) :] = queue.pad_id
         yield row, response
-
-
-def _to_host(x) -> np.ndarray:
-    # If other hosts hold some of the rows, gather them.
-    if not (x.is_fully_addressable or x.is_fully_replicated):
-        x = multihost_utils.process_allgather(x, tiled=True)
-    return np.array(x)
 
 
 def sample_responses(
