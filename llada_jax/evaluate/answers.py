@@ -33,16 +33,21 @@ def prompts_of(plan: Plan, model: Model) -> list[list[int]]:
 
 
 def answer(
-    plan: Plan, model: Model, parts: Parts, batch_size: int, host: tuple[int, int] = (0, 1)
+    plan: Plan,
+    prompts: list[list[int]],
+    model: Model,
+    parts: Parts,
+    batch_size: int,
+    host: tuple[int, int] = (0, 1),
 ) -> None:
     """Appends the lines {id, sample, response, tokens, passes, seconds} that are missing.
 
+    prompts: those of `prompts_of`.
     host: (index, count); of several hosts, each answers its share of the questions.
     `seconds` are those since the line before it.
     """
     index, count = host
     done = {(line["id"], line["sample"]) for line in parts.read()}
-    prompts = prompts_of(plan, model)
     share = [
         (question, sample)
         for question in range(len(plan.questions))

@@ -132,23 +132,27 @@ def aup(curve: Iterable[tuple[float, float]], best: float) -> float:
 
 
 def measure(
-    point: Point, task: Task, questions: list[Question], model: Model, args: argparse.Namespace
+    point: Point,
+    task: Task,
+    questions: list[Question],
+    prompts: list[list[int]],
+    model: Model,
+    batch_size: int,
 ) -> dict:
     """Answers all questions. Returns accuracy, its standard error, passes and tokens.
 
+    prompts: the ids of the questions.
+
     `tokens_per_pass` is the number of tokens of all responses, up to EOS or EoT, divided by their
     forward passes: those in which a row was not yet complete. Full and cached passes count alike.
-    args: template and batch_size.
     """
     began = time.monotonic()
-    gen_length = point.settings["gen_length"]
-    prompts = encode(model.tokenizer, task, questions, args.template, gen_length, model.longest)
     texts, tokens, passes = [""] * len(prompts), 0, 0
     found = sampling.respond_in_words(
         model.logits_fn,
         prompts,
         model.tokenizer,
-        batch_size=args.batch_size,
+        batch_size=batch_size,
         **model.special,
         **point.settings,
     )
@@ -220,7 +224,9 @@ def run(args: argparse.Namespace, model: Model) -> None:
     if not source:
         raise ValueError(f"{args.task} has no records of its own: give --data=jsonl:FILE")
     questions = read_questions(task, source, args.template)
-    encode(model.tokenizer, task, questions, args.template, args.gen_length, model.longest)
+    prompts = encode(
+        model.tokenizer, task, questions, args.template, args.gen_length, model.longest
+    )
     names = ("model", "dtype", "quantize", "task", "template", "gen_length", "block_length")
     about = {name: getattr(args, name) for name in names} | {"data": source}
     found = read(out / "passes.jsonl", about)
@@ -230,7 +236,7 @@ def run(args: argparse.Namespace, model: Model) -> None:
     with metrics.Progress(len(wanted), first, unit="point", show=(), every=2) as progress:
         progress.update(first)
         for count, point in enumerate(missing, first + 1):
-            measured = measure(point, task, questions, model, args)
+            measured = measure(point, task, questions, prompts, model, args.batch_size)
             found.append(point._asdict() | measured | {"about": about})
             lines.append(out / "passes.jsonl", found[-1])
             progress.update(count)

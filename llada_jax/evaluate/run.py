@@ -31,14 +31,14 @@ def run(
     out = lines.folder(args.out)
     host = (jax.process_index(), jax.process_count())
     agree.check_shared(out)
+    prompts = [prompts_of(plan, model) for plan in plans]  # before answers, all is known to fit
     for plan in plans:
-        prompts_of(plan, model)  # before anything is answered, all is known to fit
         settings = out / f"{plan.name}.settings.json"
         agree.once_per_disk(out, lambda at=settings, p=plan: lines.check_same(at, p.about | about))
-    for plan in plans:
+    for plan, ids in zip(plans, prompts, strict=True):
         hosts.say(f"{plan.name}: {len(plan.questions)} questions, settings {_shown(plan)}")
         parts = lines.Parts(out, plan.name, *host)
-        answer(plan, model, parts, args.batch_size, host)
+        answer(plan, ids, model, parts, args.batch_size, host)
         agree.meet()
         if hosts.is_first():
             _write(plan, parts, out, about, args.unsafe)

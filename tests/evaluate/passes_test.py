@@ -1,7 +1,6 @@
 """Accuracy against passes: areas and counts by hand, rules from the tables, a file that goes on."""
 
 import json
-from argparse import Namespace
 
 import jax
 import jax.numpy as jnp
@@ -91,8 +90,8 @@ def test_counts_of_a_sure_model():
     special = {"mask_id": 11, "pad_id": 0, "eos_id": 9, "eot_id": None}
     settings = {"gen_length": 8, "block_length": 4, "commit": "threshold", "threshold": 0.9}
     point = passes.Point("threshold", "none", settings)
-    model, args = Model(logits, Numbers(), special, 99), Namespace(template="plain", batch_size=4)
-    found = passes.measure(point, task, questions, model, args)
+    model = Model(logits, Numbers(), special, 99)
+    found = passes.measure(point, task, questions, [[1, 2]] * 4, model, batch_size=4)
     assert heard == dict.fromkeys(range(4), "3 3 3 3 3")
     assert found["passes"] == 4 * 2 and found["tokens_per_pass"] == 5 / 2
     assert found["accuracy"] == 0.5
@@ -160,8 +159,7 @@ def test_a_point_is_what_the_sampler_and_the_scorer_say(cache):
     prompts = encode(words, sudoku.TASK, questions, "plain", 16, None)
     model = Model(logits_fn, words, special, 128)
     point = next(p for p in passes.points(["threshold"], [cache], SHAPE))
-    args = Namespace(template="plain", batch_size=16)
-    found = passes.measure(point, sudoku.TASK, questions, model, args)
+    found = passes.measure(point, sudoku.TASK, questions, prompts, model, batch_size=16)
     written = sampling.generate(
         logits_fn, np.array(prompts), trace=True, mask_id=special["mask_id"], **point.settings
     )

@@ -123,13 +123,14 @@ def test_hosts_share_the_questions(mine, tmp_path):
     _, [asked], model = mine[0]()
     out = lines.folder(str(tmp_path / "out"))
     parts = [lines.Parts(out, NAME, k, 3) for k in range(3)]
+    prompts = answers.prompts_of(asked, model)
     for k in (0, 2):
-        answers.answer(asked, model, parts[k], 2, (k, 3))
+        answers.answer(asked, prompts, model, parts[k], 2, (k, 3))
     assert [line["id"] for line in parts[0].read()] == list("03625")
     # Two go on where three were stopped.
     parts = [lines.Parts(out, NAME, k, 2) for k in range(2)]
     for k in range(2):
-        answers.answer(asked, model, parts[k], 2, (k, 2))
+        answers.answer(asked, prompts, model, parts[k], 2, (k, 2))
     found = parts[0].merge(lambda line: line["id"])
     assert [(line["id"], line["response"]) for line in found] == [
         (str(k), f"{k}234") for k in range(7)
@@ -137,18 +138,27 @@ def test_hosts_share_the_questions(mine, tmp_path):
     assert len(list(out.iterdir())) == 1
 
 
+def test_a_prompt_is_encoded_once(mine, monkeypatch):
+    args, plans, model = mine[0]()
+    encoded, encode = [], Digits.encode
+    monkeypatch.setattr(Digits, "encode", lambda self, x: encoded.append(x) or encode(self, x))
+    run.run(args, plans, model, {})
+    assert encoded == [f"{k}234" for k in range(7)]
+
+
 def test_samples_have_draws_of_their_own_that_stay(mine, tmp_path):
     """A response depends on its question and sample alone."""
     flags = ["--samples=3", "--temperature=3", "--seed=5"]
     _, [asked], model = mine[0](*flags)
     whole = lines.Parts(lines.folder(str(tmp_path / "a")), NAME)
-    answers.answer(asked, model, whole, 21)
+    prompts = answers.prompts_of(asked, model)
+    answers.answer(asked, prompts, model, whole, 21)
     texts = {(line["id"], line["sample"]): line["response"] for line in whole.read()}
     assert len(texts) == 21 and len(set(texts.values())) > 7
     some = lines.Parts(lines.folder(str(tmp_path / "b")), NAME)
     for key in (("2", 0), ("5", 1)):
         some.append({"id": key[0], "sample": key[1], "response": texts[key]})
-    answers.answer(asked, model, some, 2)
+    answers.answer(asked, prompts, model, some, 2)
     assert {(line["id"], line["sample"]): line["response"] for line in some.read()} == texts
 
 
