@@ -76,8 +76,8 @@ def of_rows(
     batch_size: rows in one model call.
     data: parts of the rows; -1 takes what is left of `devices` (by default all, of all hosts).
 
-    Raises ValueError if the sizes do not fit the devices, if some of several hosts' devices are
-    left out, or if the rows cannot be split.
+    Raises ValueError if the sizes do not fit the devices, if they leave some idle that are asked
+    for (all of several hosts are), or if the rows cannot be split.
     """
     devices = jax.devices() if devices is None else devices
     rest = fsdp * tensor
@@ -86,8 +86,10 @@ def of_rows(
     if data == -1 and rest > 0:
         data = len(devices) // rest
     used = data * rest
-    if min(data, fsdp, tensor) < 1 or used > len(devices) or (whole and used < len(devices)):
+    if min(data, fsdp, tensor) < 1 or used > len(devices):
         raise ValueError(f"{asked} do not fit the {len(devices)} devices: change them")
+    if whole and used < len(devices):
+        raise ValueError(f"{asked} use {used} of the {len(devices)} devices: change them")
     if used == 1:
         return None
     if batch_size % (data * fsdp):

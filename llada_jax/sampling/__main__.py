@@ -24,6 +24,7 @@ from llada_jax.checkpoints import loading
 from llada_jax.data.records import read_records
 from llada_jax.data.templates import encode_prompt
 from llada_jax.files import is_remote, write_whole
+from llada_jax.parallel import agree, hosts
 from llada_jax.parallel import mesh as mesh_lib
 from llada_jax.sampling import picture
 from llada_jax.sampling.flags import add_flags, settings_of
@@ -37,6 +38,8 @@ def parser() -> cli.Parser:
     """Returns the parser of the command's flags."""
     parser = cli.Parser("sampling", __doc__)
     loading.add_flags(parser, data_parallel=1)
+    parser.set_defaults(data_parallel=None)  # see `_mesh`
+    hosts.add_flags(parser)
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", action="append", help="give it again for more prompts")
     prompts.add_argument(
@@ -63,22 +66,29 @@ def parser() -> cli.Parser:
 
 
 def main(args: argparse.Namespace):
-    """Runs the command."""
+    """Runs the command.
+
+    Several hosts compute together. The first one reads the prompts, prints and writes.
+    """
+    hosts.initialize(args.coordinator_address, args.num_processes, args.process_id)
     render = picture.renderer(args.picture) if args.picture else None
-    prompts = _prompts(args)
     settings = {k: v for k, v in settings_of(args).items() if v is not None}
     about = {name: getattr(args, name) for name in ("model", "template", "dtype", "seed")}
     about |= {name: getattr(args, name) for name in ("quantize", "stop") if getattr(args, name)}
     about |= {k: dataclasses.asdict(v) if k == "growth" else v for k, v in settings.items()}
-    lines = _answered(args.out, prompts, about) if args.out else {}
-    if len(lines) == len(prompts):
-        print(f"{args.out} has all {len(lines)} responses")
+    prompts, missing, lines = [], [], {}
+    if hosts.is_first():
+        prompts = _prompts(args)
+        lines = _answered(args.out, prompts, about) if args.out else {}
+        missing = [i for i in range(len(prompts)) if i not in lines]
+    prompts, missing = json.loads(agree.from_first(json.dumps([prompts, missing]).encode()))
+    if not missing:
+        hosts.say(f"{args.out} has all {len(lines)} responses")
         return
 
-    mesh = mesh_lib.of_rows(args.batch_size, args.data_parallel, args.fsdp, args.tensor)
+    mesh = _mesh(args)
     logits_fn, config, tokenizer = loading.open_model(args.model, args.dtype, args.quantize, mesh)
     special = loading.special_ids(config, tokenizer)
-    missing = [i for i in range(len(prompts)) if i not in lines]
     ids = [_encode(tokenizer, prompts[i], args.template) for i in missing]
     _check_room(max(map(len, ids)), args.gen_length, config.max_sequence_length)
 
@@ -103,12 +113,24 @@ def main(args: argparse.Namespace):
             stack.enter_context(progress)
         write = _Writer(args.out, prompts, lines, about, progress)
         for response, text in found:
+            if not hosts.is_first():
+                continue
             index = missing[response.index]
             write(index, text, response.passes)
             if render and index == missing[0]:
                 words = _picture(render, response, tokenizer, special, prompts[index])
                 write_whole(args.picture, words)
-        write.close()
+        if hosts.is_first():
+            write.close()
+    agree.meet()  # a host that ends early would take the first one with it, which still writes
+
+
+def _mesh(args: argparse.Namespace) -> jax.sharding.Mesh | None:
+    """The devices of the flags; by default one, and of several hosts all."""
+    data = args.data_parallel
+    if data is None:
+        data = 1 if jax.process_count() == 1 else -1
+    return mesh_lib.of_rows(args.batch_size, data, args.fsdp, args.tensor)
 
 
 def _check_room(prompt: int, gen_length: int, most: int):

@@ -39,7 +39,7 @@ def test_a_mesh_of_rows_takes_what_is_asked_or_all():
 @pytest.mark.parametrize(
     "batch_size, sizes, message",
     [
-        (8, (-1, 3, 1), "data_parallel=-1 fsdp=3 tensor=1 do not fit the 8 devices: change them"),
+        (8, (-1, 3, 1), "data_parallel=-1 fsdp=3 tensor=1 use 6 of the 8 devices: change them"),
         (8, (3, 3, 1), "data_parallel=3 fsdp=3 tensor=1 do not fit"),
         (8, (0, 1, 1), "data_parallel=0 fsdp=1 tensor=1 do not fit"),
         (8, (-1, 0, 1), "data_parallel=-1 fsdp=0 tensor=1 do not fit"),

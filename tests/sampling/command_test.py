@@ -3,6 +3,8 @@
 import io
 import json
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -69,6 +71,33 @@ def test_a_model_on_eight_devices_writes_the_same(capsys):
     alone = capsys.readouterr().out
     run(*prompts, "--cache=dual", "--fsdp=2", "--tensor=2", "--batch_size=4")
     assert capsys.readouterr().out == alone
+
+
+@pytest.mark.slow
+def test_of_two_hosts_the_first_prints_and_writes(tmp_path, capsys):
+    """They compute together: rows and parameters are split over the devices of both."""
+    prompts = [f"--prompt={puzzle}" for puzzle in PUZZLES]
+    run(*prompts)
+    alone = capsys.readouterr().out.splitlines()
+    out = tmp_path / "out.jsonl"
+
+    def two_hosts(*flags):
+        command = [sys.executable, "launch/local_cluster.py", "--processes=2", "--devices=2", "--"]
+        command += [sys.executable, "-m", "llada_jax.sampling", *FLAGS, *prompts, *flags]
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert found.returncode == 0, found.stdout + found.stderr
+        return [line for line in found.stdout.splitlines() if "] 20" not in line]
+
+    assert two_hosts("--fsdp=2", "--batch_size=4") == [f"[0] {text}" for text in alone]
+    flags = ("--batch_size=4", f"--out={out}")
+    two_hosts(*flags)
+    written = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(line["index"], line["text"]) for line in written] == list(enumerate(alone))
+    out.write_text(json.dumps(written[1]) + "\n")  # the others are missing
+    two_hosts(*flags)
+    again = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["text"] for line in again] == alone and again[1] == written[1]
+    assert two_hosts(*flags) == [f"[0] {out} has all 3 responses"]
 
 
 def test_the_page_of_a_response_has_its_tokens(tmp_path, capsys):
