@@ -17,7 +17,7 @@ FLOORS = (
     {"files": "", "chips": "", "config": ""},
     {"metrics": "files", "parallel": "files"},
     {"cli": "parallel"},
-    {"tokenizer": "cli files"},
+    {"tokenizer": "files"},
     # What a model is, what it reads, where it is kept.
     {"models": "", "data": "batch config files tokenizer"},
     {"checkpoints": "files models parallel tokenizer"},

@@ -9,6 +9,7 @@ from helpers import refusal, run_command
 from sentencepiece import sentencepiece_model_pb2
 
 from llada_jax import tokenizer
+from llada_jax.tokenizer import __main__ as command
 
 NAMES = ("startoftext", "endoftext", "mdm_mask", "start_header_id", "end_header_id", "eot_id")
 SPECIALS = [f"<|{name}|>" for name in NAMES]
@@ -331,7 +332,7 @@ def test_train_command(tmp_path, capsys):
         f.writelines(json.dumps({"text": line + "\nsecond line"}) + "\n" for line in CORPUS)
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": "more text here"}))
     arguments = ["train", f"--input=jsonl:{tmp_path}/*.jsonl*", f"--out={tmp_path}/out"]
-    assert run_command(tokenizer, *arguments, "--vocab_size=310") == 0
+    assert run_command(command, *arguments, "--vocab_size=310") == 0
     assert "310 ids" in capsys.readouterr().out
     assert tokenizer.load(tmp_path / "out").vocab_size == 310
     for words, message in (
@@ -339,4 +340,4 @@ def test_train_command(tmp_path, capsys):
         ([*arguments, "--field=prose"], "a.jsonl.gz:1 is no JSON object with a field 'prose'"),
         (["train", f"--input={tmp_path}/nothing*"], "no file matches"),
     ):
-        assert message in refusal(capsys, tokenizer, *words)
+        assert message in refusal(capsys, command, *words)
