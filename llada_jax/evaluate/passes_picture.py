@@ -8,6 +8,8 @@ import numpy as np
 def draw(curves: dict[tuple[str, str], list[dict]], areas: dict[tuple[str, str], float]) -> bytes:
     """Returns a PNG: one panel for each cache, one curve for each rule, named at its end.
 
+    If there are more caches than rules, the panels are rules and the curves caches.
+
     curves: the points of each (cache, rule) in the order of their tokens per pass, with
         `tokens_per_pass`, `accuracy` and `accuracy_stderr`. areas: the number beside each name.
     Raises ImportError if there is no matplotlib.
@@ -16,38 +18,41 @@ def draw(curves: dict[tuple[str, str], list[dict]], areas: dict[tuple[str, str],
         from matplotlib import colormaps, figure  # noqa: PLC0415 (only pictures need matplotlib)
     except ImportError:
         raise ImportError("pictures need matplotlib: pip install 'llada_jax[plot]'") from None
-    caches = list(dict.fromkeys(cache for cache, _ in curves))
-    rules = list(dict.fromkeys(rule for _, rule in curves))
+    names = [list(dict.fromkeys(key[k] for key in curves)) for k in (0, 1)]
+    swap = len(names[0]) > len(names[1])
+    shown, drawn = names[::-1] if swap else names
     colors = colormaps["tab10"].colors
-    color = {rule: colors[k % len(colors)] for k, rule in enumerate(rules)}
-    plot = figure.Figure(figsize=(0.5 + 5.2 * len(caches), 4.6), layout="constrained")
-    panels = plot.subplots(1, len(caches), sharey=True, squeeze=False)[0]
+    color = {name: colors[k % len(colors)] for k, name in enumerate(drawn)}
+    plot = figure.Figure(figsize=(0.5 + 5.2 * len(shown), 4.6), layout="constrained")
+    panels = plot.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     points = [point for curve in curves.values() for point in curve]
     least, most = (f(point["tokens_per_pass"] for point in points) for f in (min, max))
     top = 100 * max(point["accuracy"] for point in points)
-    for panel, cache in zip(panels, caches, strict=True):
+    for panel, title in zip(panels, shown, strict=True):
+        keys = {name: (name, title) if swap else (title, name) for name in drawn}
         ends = {}
-        for rule in rules:
-            if (cache, rule) not in curves:
+        for name, key in keys.items():
+            if key not in curves:
                 continue
-            curve = curves[cache, rule]
+            curve = curves[key]
             x = [point["tokens_per_pass"] for point in curve]
             y = [100 * point["accuracy"] for point in curve]
             error = [100 * (point["accuracy_stderr"] or 0) for point in curve]
-            panel.errorbar(x, y, error, color=color[rule], marker="o", ms=3, lw=1.3, elinewidth=0.6)
-            ends[rule] = (x[-1], y[-1])
-        places = _apart({rule: y for rule, (_, y) in ends.items()}, 0.052 * 1.08 * top)
-        for rule, (x, y) in ends.items():
+            panel.errorbar(x, y, error, color=color[name], marker="o", ms=3, lw=1.3, elinewidth=0.6)
+            ends[name] = (x[-1], y[-1])
+        places = _apart({name: y for name, (_, y) in ends.items()}, 0.052 * 1.08 * top)
+        for name, (x, y) in ends.items():
             panel.annotate(
-                f"{rule} {areas[cache, rule]:.0f}",
+                f"{name} {areas[keys[name]]:.0f}",
                 (x, y),
-                (1.12 * most, places[rule]),
-                color=color[rule],
+                (1.12 * most, places[name]),
+                color=color[name],
                 fontsize=7.5,
                 va="center",
-                arrowprops={"arrowstyle": "-", "color": color[rule], "lw": 0.5, "alpha": 0.6},
+                arrowprops={"arrowstyle": "-", "color": color[name], "lw": 0.5, "alpha": 0.6},
             )
-        panel.set(title=f"cache: {cache}", xlabel="tokens per forward pass", xscale="log")
+        kind = "rule" if swap else "cache"
+        panel.set(title=f"{kind}: {title}", xlabel="tokens per forward pass", xscale="log")
         ticks = [2.0**k for k in range(int(np.ceil(np.log2(least))), int(np.log2(most)) + 1)]
         panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         panel.set_xlim(0.9 * least, 3.2 * most)
@@ -55,7 +60,7 @@ def draw(curves: dict[tuple[str, str], list[dict]], areas: dict[tuple[str, str],
         panel.minorticks_off()
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("accuracy (%)")
-    plot.suptitle("Accuracy against parallelism; the number beside a rule is its AUP", fontsize=10)
+    plot.suptitle("Accuracy against parallelism; the number beside a name is its AUP", fontsize=10)
     content = io.BytesIO()
     plot.savefig(content, dpi=110, format="png")
     return content.getvalue()

@@ -1,5 +1,6 @@
 """Accuracy against passes: areas and counts by hand, rules from the tables, a file that goes on."""
 
+import itertools
 import json
 
 import jax
@@ -13,6 +14,7 @@ from llada_jax.checkpoints import loading
 from llada_jax.evaluate import __main__ as command
 from llada_jax.evaluate import passes, responses
 from llada_jax.evaluate.answers import Model
+from llada_jax.evaluate.passes_picture import draw
 from llada_jax.evaluate.questions import Question, encode, read_questions
 from llada_jax.sampling.unmasking import COMMITS, Commit
 from llada_jax.tasks import Task, sudoku
@@ -133,6 +135,19 @@ def test_the_command_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     assert "is of {'block_length': 8}, not of {'block_length': 4}: give another --out" in said
     file.write_text("[1]\n")
     assert "is no line of this command" in refusal(capsys, command, *flags)
+
+
+def test_the_picture_has_few_panels_and_many_curves():
+    pytest.importorskip("matplotlib", reason="matplotlib (the extra plot) is not installed")
+    line = {"tokens_per_pass": 2.0, "accuracy": 0.5, "accuracy_stderr": 0.1}
+
+    def width(caches, rules):
+        keys = list(itertools.product(caches, rules))
+        content = draw({key: [line] for key in keys}, dict.fromkeys(keys, 1.0))
+        return int.from_bytes(content[16:20], "big")  # of a PNG
+
+    assert width("abcde", "xy") == width("xy", "abcde") == width("xy", "ab")
+    assert width("x", "abc") == width("abc", "x") < width("xy", "ab")
 
 
 def test_refusals(tmp_path, capsys):
