@@ -40,7 +40,7 @@ def draw(curves: dict[tuple[str, str], list[dict]], areas: dict[tuple[str, str],
             error = [100 * (point["accuracy_stderr"] or 0) for point in curve]
             panel.errorbar(x, y, error, color=color[name], marker="o", ms=3, lw=1.3, elinewidth=0.6)
             ends[name] = (x[-1], y[-1])
-        places = _apart({name: y for name, (_, y) in ends.items()}, 0.052 * 1.08 * top)
+        places = apart({name: y for name, (_, y) in ends.items()}, 0.056 * top, 1.05 * top)
         for name, (x, y) in ends.items():
             panel.annotate(
                 f"{name} {areas[keys[name]]:.0f}",
@@ -66,11 +66,18 @@ def draw(curves: dict[tuple[str, str], list[dict]], areas: dict[tuple[str, str],
     return content.getvalue()
 
 
-def _apart(heights: dict[str, float], gap: float) -> dict[str, float]:
-    """Heights near the given ones, in the same order, at least `gap` apart and from 0 on."""
+def apart(heights: dict[str, float], gap: float, top: float) -> dict[str, float]:
+    """Heights near the given ones, in the same order, at least `gap` apart, from 0 to `top`.
+
+    If there are too many for that, the lowest are below 0.
+    """
+    order = sorted(heights, key=heights.__getitem__)
     placed: dict[str, float] = {}
     floor = 0.0
-    for name, height in sorted(heights.items(), key=lambda item: item[1]):
-        placed[name] = max(height, floor)
+    for name in order:
+        placed[name] = max(heights[name], floor)
         floor = placed[name] + gap
+    for name in reversed(order):
+        placed[name] = min(placed[name], top)
+        top = placed[name] - gap
     return placed

@@ -14,7 +14,7 @@ from llada_jax.checkpoints import loading
 from llada_jax.evaluate import __main__ as command
 from llada_jax.evaluate import passes, responses
 from llada_jax.evaluate.answers import Model
-from llada_jax.evaluate.passes_picture import draw
+from llada_jax.evaluate.passes_picture import apart, draw
 from llada_jax.evaluate.questions import Question, encode, read_questions
 from llada_jax.sampling.unmasking import COMMITS, Commit
 from llada_jax.tasks import Task, sudoku
@@ -148,6 +148,11 @@ def test_the_picture_has_few_panels_and_many_curves():
 
     assert width("abcde", "xy") == width("xy", "abcde") == width("xy", "ab")
     assert width("x", "abc") == width("abc", "x") < width("xy", "ab")
+
+
+def test_names_in_the_picture_stay_apart_and_inside():
+    found = apart({"a": 1.0, "b": 1.1, "c": 9.9, "d": 9.8, "e": 10.0}, 1.0, 10.0)
+    assert found == {"a": 1.0, "b": 2.0, "d": 8.0, "c": 9.0, "e": 10.0}
 
 
 def test_refusals(tmp_path, capsys):
