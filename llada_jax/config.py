@@ -5,28 +5,33 @@ The comment of a key is the comment of its field: at the end of its line, or in 
 above it.
 """
 
+import copy
 import dataclasses
 import inspect
 import math
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 
-def key(default: Any, *, given: bool = False, changes_result: bool = True) -> Any:
+def key(
+    default: Any, *, given: bool = False, changes_result: bool = True, argument: bool = False
+) -> Any:
     """A field of a settings dataclass that is not an ordinary key.
 
     given: the program sets the field; a config has no key for it.
     changes_result: if False, the key changes only memory or speed, and a run may change it when it
         resumes.
+    argument: compiled programs take the number as an argument. Two runs that differ in it share one
+        program.
     """
-    return dataclasses.field(
-        default=default, metadata={"given": given, "changes_result": changes_result}
-    )
+    metadata = {"given": given, "changes_result": changes_result, "argument": argument}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def section(*classes: type, **changes: Any) -> ConfigDict:
@@ -87,6 +92,33 @@ def identity(settings: Any) -> dict[str, Any]:
         elif field.metadata.get("changes_result", True):
             values[field.name] = value
     return values
+
+
+def arguments(settings: Any) -> dict[str, np.generic]:
+    """Returns the numbers that compiled programs take as arguments, as int32 and float32, by name.
+
+    An integer beyond 32 bits loses its upper bits, as in `jax.random.key`.
+    """
+    values = {
+        field.name: getattr(settings, field.name)
+        for field in dataclasses.fields(settings)
+        if field.metadata.get("argument")
+    }
+    return {
+        name: np.int64(value).astype(np.int32) if isinstance(value, int) else np.float32(value)
+        for name, value in values.items()
+    }
+
+
+def with_arguments(settings: Any, values: Mapping[str, Any]) -> Any:
+    """Returns the settings with other values of their `arguments`, which may be traced.
+
+    They are not checked: a traced value has no number yet, and the settings were checked before.
+    """
+    changed = copy.copy(settings)
+    for name, value in values.items():
+        object.__setattr__(changed, name, value)
+    return changed
 
 
 def keys(*classes: type) -> Iterator[tuple[str, Any, str]]:

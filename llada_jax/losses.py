@@ -8,19 +8,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def _sigmoid(s: Array, beta: float | int, e: float | int) -> Array:
+def _sigmoid(s: Array, beta: float | Array, e: float | int) -> Array:
     return -(1 - e) * jax.nn.log_sigmoid(s) - e * jax.nn.log_sigmoid(-s)
 
 
-def _robust(s: Array, beta: float | int, e: float | int) -> Array:
+def _robust(s: Array, beta: float | Array, e: float | int) -> Array:
     return (-(1 - e) * jax.nn.log_sigmoid(s) + e * jax.nn.log_sigmoid(-s)) / (1 - 2 * e)
 
 
-def _hinge(s: Array, beta: float | int, e: float | int) -> Array:
+def _hinge(s: Array, beta: float | Array, e: float | int) -> Array:
     return jax.nn.relu(1 - s)
 
 
-def _ipo(s: Array, beta: float | int, e: float | int) -> Array:
+def _ipo(s: Array, beta: float | Array, e: float | int) -> Array:
     return jnp.square(s / beta - 1 / (2 * beta))
 
 
@@ -41,11 +41,14 @@ LOSSES: dict[str, PreferenceLoss] = {
 }
 
 
-def check_preference(beta: float, kind: str, label_smoothing: float) -> None:
-    """Raises ValueError if `preference_loss` cannot honour a setting."""
+def check_preference(beta: float | Array, kind: str, label_smoothing: float) -> None:
+    """Raises ValueError if `preference_loss` cannot honour a setting.
+
+    A traced beta is not checked.
+    """
     if kind not in LOSSES:
         raise ValueError(f"kind={kind!r} is not one of {', '.join(LOSSES)}")
-    if not beta > 0:
+    if not isinstance(beta, jax.core.Tracer) and not beta > 0:
         raise ValueError(f"beta={beta} must be above 0")
     if label_smoothing and not LOSSES[kind].smooths_labels:
         raise ValueError(
@@ -63,7 +66,7 @@ def preference_loss(
     reference_chosen_elbo: Float[Array, "*b"],
     reference_rejected_elbo: Float[Array, "*b"],
     *,
-    beta: float,
+    beta: float | Array,
     kind: str = "sigmoid",
     label_smoothing: float = 0.0,
 ) -> tuple[Float[Array, "*b"], dict[str, Array]]:

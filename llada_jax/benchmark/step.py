@@ -26,11 +26,17 @@ from llada_jax.train.summary import describe
 
 @dataclasses.dataclass
 class Work:
-    """The arguments of one training step, on its devices. A step donates the state only."""
+    """The arguments of one training step. A step donates the state only."""
 
     state: TrainState
     batch: Batch  # with the reference policy's terms, if the config wants them cached
     frozen: Any  # the reference policy's parameters, if steps take them
+    numbers: dict  # those settings that are arguments of the step
+
+    @property
+    def arguments(self) -> tuple:
+        """All arguments, in the order of the step."""
+        return self.state, self.batch, self.frozen, self.numbers
 
 
 def prepare(config, workdir: str) -> Experiment:
@@ -54,7 +60,7 @@ def make_work(plan: Experiment) -> Work:
     host = next(plan.batches(plan.rows, batch_rows=plan.data.batch_rows, seed=plan.seed))
     batch = plan.parallel.put(host)
     if plan.reference is None:
-        return Work(current, batch, None)
+        return Work(current, batch, None, plan.arguments)
     # A copy in any case: the state is donated.
     copy = jax.jit(
         lambda p: jax.tree.map(lambda x: jnp.array(x, plan.reference_dtype), p),
@@ -62,19 +68,19 @@ def make_work(plan: Experiment) -> Work:
     )
     frozen = copy(current.params)
     if not plan.reference.is_cached:
-        return Work(current, batch, frozen)
+        return Work(current, batch, frozen, plan.arguments)
     terms_of = functools.partial(
         plan.objective.reference_terms, model=plan.model, settings=plan.settings
     )
     terms = jax.jit(terms_of, out_shardings=mesh.rows(plan.mesh))(frozen, batch)
-    return Work(current, batch.replace(reference=terms), None)
+    return Work(current, batch.replace(reference=terms), None, plan.arguments)
 
 
 def compile_step(plan: Experiment, work: Work):
     """Compiles the training step. Returns (compiled step, seconds it took)."""
     shardings = jax.tree.map(lambda x: x.sharding, work.state)
     start = time.perf_counter()
-    compiled = jit_update(plan, shardings).lower(work.state, work.batch, work.frozen).compile()
+    compiled = jit_update(plan, shardings).lower(*work.arguments).compile()
     return compiled, time.perf_counter() - start
 
 
@@ -88,7 +94,7 @@ def time_steps(
     seconds = []
     for _ in range(warmup + count):
         start = time.perf_counter()
-        work.state, found = update(work.state, work.batch, work.frozen)
+        work.state, found = update(*work.arguments)
         jax.block_until_ready((work.state, found))
         seconds.append(time.perf_counter() - start)
     return seconds[warmup:], {name: float(value) for name, value in found.items()}

@@ -17,7 +17,7 @@ from llada_jax.train.experiment import Experiment, make_plan, with_synthetic_row
 
 
 def make_abstract(plan: Experiment):
-    """Returns the arguments (state, batch, frozen) of the step as shapes, types and shardings."""
+    """Returns the arguments of the step of `jit_update` as shapes, types and shardings."""
     current = state.abstract_state(plan.model, plan.tx, plan.mesh)
     rows, length = plan.data.batch_rows, plan.row_length
     sharding = mesh_lib.rows(plan.mesh)
@@ -25,6 +25,10 @@ def make_abstract(plan: Experiment):
     def array(dtype, *shape):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
+    numbers = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((), x.dtype, sharding=mesh_lib.replicated(plan.mesh)),
+        plan.arguments,
+    )
     terms = (rows, plan.settings.scheme.n, plan.num_segments)
     batch = Batch(
         tokens=array(jnp.int32, rows, length),
@@ -39,12 +43,12 @@ def make_abstract(plan: Experiment):
         num_segments=plan.num_segments,
     )
     if not computes_reference(plan):
-        return current, batch, None
+        return current, batch, None, numbers
     frozen = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, plan.reference_dtype, sharding=x.sharding),
         current.params,
     )
-    return current, batch, frozen
+    return current, batch, frozen, numbers
 
 
 def plan_for(config, devices) -> Experiment:

@@ -11,7 +11,7 @@ FORMAT = 2
 STREAMS = {"policy": 0, "reference": 1, "evaluate": 2, "crop": 3, "init": 4}
 
 
-def stream_key(seed: int, stream: str) -> Key[Array, ""]:
+def stream_key(seed: int | Int[Array, ""], stream: str) -> Key[Array, ""]:
     """The key of one purpose (a name in STREAMS) under one seed."""
     return jax.random.fold_in(jax.random.key(seed), STREAMS[stream])
 

@@ -21,7 +21,7 @@ class Denoising:
 
     scheme: noise.Scheme = noise.Scheme(n_t=1, masks="bernoulli", eps=1e-3)
     mc_chunk: int = key(0, changes_result=False)  # draws computed at a time; 0: all
-    seed: int = key(0, given=True)
+    seed: int = key(0, given=True, argument=True)
     stream: str = key("policy", given=True)
 
     def __post_init__(self):

@@ -19,15 +19,17 @@ from llada_jax.objectives.terms import draw, model_terms, segment_lengths
 class Preference:
     """The preference loss, the estimator of its ELBOs, and the number of draws at a time."""
 
-    beta: float = 0.2  # scale of the score; a larger beta keeps the policy closer to the reference
+    # scale of the score; a larger beta keeps the policy closer to the reference
+    beta: float = key(0.2, argument=True)
     kind: str = "sigmoid"  # preference loss of a score: a name in losses.LOSSES
     label_smoothing: float = 0.0  # share of wrong labels; for kinds "sigmoid" and "robust"
-    sft_weight: float = 0.05  # weight of the denoising loss on the winner, from the same terms
+    # weight of the denoising loss on the winner, from the same terms
+    sft_weight: float = key(0.05, argument=True)
     # policy and reference use the same masks (the paper: antithetic sampling)
     share_noise: bool = True
     scheme: noise.Scheme = noise.Scheme()
     mc_chunk: int = key(0, changes_result=False)  # draws computed at a time; 0: all
-    seed: int = key(0, given=True)
+    seed: int = key(0, given=True, argument=True)
     stream: str = key("policy", given=True)  # the noise stream of the policy
 
     def __post_init__(self):

@@ -58,7 +58,7 @@ def model_terms(
     )
 
 
-def draw(batch: Batch, scheme: noise.Scheme, *, seed: int, stream: str) -> noise.Noise:
+def draw(batch: Batch, scheme: noise.Scheme, *, seed: int | Array, stream: str) -> noise.Noise:
     """The noise of a batch. It depends only on seed, stream, row, epoch and draw."""
     keys = noise.row_keys(noise.stream_key(seed, stream), batch.row_ids, batch.epochs)
     return noise.draw_rows(

@@ -5,7 +5,7 @@ import math
 
 import jax
 
-from llada_jax import tasks
+from llada_jax import config, tasks
 from llada_jax.evaluate import heldout, responses
 from llada_jax.parallel import mesh as mesh_lib
 from llada_jax.parallel.stop import Stop
@@ -23,24 +23,26 @@ class Evaluation:
         self._plan, self._reference, self._stop = plan, reference, stop
         jit = functools.partial(
             plan.parallel.jit,
-            rows=(False, True, False),
+            rows=(False, True, False, False),
             out_rows=False,
             out_shardings=mesh_lib.replicated(plan.mesh),
         )
-        kwargs = {"model": plan.model, "axis_name": plan.parallel.axis_name}
-        self._metrics = jit(
-            functools.partial(
-                heldout.heldout_metrics,
-                objective=plan.objective,
-                settings=plan.heldout_settings,
-                **kwargs,
-            )
+
+        def compiled(function, settings, **kwargs):
+            kwargs |= {"model": plan.model, "axis_name": plan.parallel.axis_name}
+
+            def metrics(params, batch, frozen, numbers):
+                given = config.with_arguments(settings, numbers)
+                return function(params, batch, frozen, settings=given, **kwargs)
+
+            return jit(metrics)
+
+        self._metrics = compiled(
+            heldout.heldout_metrics, plan.heldout_settings, objective=plan.objective
         )
         self._variance = None
         if repeats := plan.eval.variance_repeats:
-            self._variance = jit(
-                functools.partial(score_variance, settings=plan.settings, repeats=repeats, **kwargs)
-            )
+            self._variance = compiled(score_variance, plan.settings, repeats=repeats)
 
     def run(self, params) -> dict[str, float | int]:
         """Returns the metrics of these parameters. Raises Stopped if a signal asks to stop."""
@@ -57,9 +59,10 @@ class Evaluation:
         def metrics_of(batch):
             self._stop.check()
             batch = self._reference.place(batch, "heldout")
-            means = self._metrics(params, batch, self._reference.frozen)
+            given = (params, batch, self._reference.frozen, plan.arguments["settings"])
+            means = self._metrics(*given)
             if self._variance is not None:
-                means |= self._variance(params, batch, self._reference.frozen)
+                means |= self._variance(*given)
             return means
 
         batches = plan.batches(

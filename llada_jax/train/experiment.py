@@ -15,6 +15,7 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
+from llada_jax import config as config_lib
 from llada_jax import models, sampling, tasks
 from llada_jax import tokenizer as tokenizer_lib
 from llada_jax.checkpoints import loading
@@ -83,6 +84,25 @@ class Experiment:
     def heldout_settings(self) -> Any:
         """The objective's settings for held-out rows."""
         return self.settings.for_heldout(self.eval.n_t)
+
+    @functools.cached_property
+    def arguments(self) -> dict[str, dict[str, Any]]:
+        """The numbers that compiled programs take as arguments: {"settings": .., "optimizer": ..}.
+
+        Experiments that differ in nothing else share their programs.
+        """
+        return {
+            "settings": config_lib.arguments(self.settings),
+            "optimizer": config_lib.arguments(self.optimizer),
+        }
+
+    def with_arguments(self, arguments: dict[str, dict[str, Any]]) -> "Experiment":
+        """Returns the experiment with these numbers, which may be traced, in its settings."""
+        return dataclasses.replace(
+            self,
+            settings=config_lib.with_arguments(self.settings, arguments["settings"]),
+            optimizer=config_lib.with_arguments(self.optimizer, arguments["optimizer"]),
+        )
 
     @property
     def rows_at_once(self) -> int:

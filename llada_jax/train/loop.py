@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,20 +22,37 @@ from llada_jax.train.reference import Policy
 from llada_jax.train.state import TrainState
 from llada_jax.train.step import jit_update
 
+Watch = Callable[[int, dict[str, float]], object]  # (step, values)
 STOPPED = 143  # exit status after SIGTERM or SIGINT, when the state has been saved
 
 
-def train(plan: Experiment) -> int:
+def train(
+    plan: Experiment,
+    watch: Watch | None = None,
+    *,
+    stop: Stop | None = None,
+    table: bool = True,
+) -> int:
     """Runs an experiment to its end or until a signal; returns the exit status.
 
     SIGTERM or SIGINT (Ctrl-C) saves the state and returns 143; a second signal ends the process at
     once.
+
+    watch: is called as watch(step, values) after each step and each evaluation, on every host.
+        `values` are those of the line in metrics.jsonl, as floats: the metrics of the step, or
+        those of the evaluation with "eval/" before their names. What it raises ends the run.
+    stop: the signal handlers of a caller that runs several experiments; None: new ones.
+    table: if False, the table at the end is not printed.
     """
-    stop = Stop()
+    handlers = stop or Stop()
     keep = plan.checkpoint.keep
     try:
         with plan.parallel.use(), Checkpoints(plan.workdir / "checkpoints", keep) as saved:
-            return Run(plan, saved, stop).to_the_end()
+            run = Run(plan, saved, handlers, watch)
+            status = run.to_the_end()
+        if table and not status and hosts.is_first():
+            evaluation.print_result(plan, run.history)
+        return status
     except Stopped:  # raised before the first update, so there is nothing new to save
         hosts.say(
             "stopped in the reference's terms or the evaluation at the start; "
@@ -42,14 +60,18 @@ def train(plan: Experiment) -> int:
         )
         return STOPPED
     finally:
-        stop.restore()
+        if stop is None:
+            handlers.restore()
 
 
 class Run:
     """One run on this host: its state, its loader and its history."""
 
-    def __init__(self, plan: Experiment, saved: Checkpoints, stop: Stop):
+    def __init__(
+        self, plan: Experiment, saved: Checkpoints, stop: Stop, watch: Watch | None = None
+    ):
         self.plan, self.saved, self.stop = plan, saved, stop
+        self.watch = watch or (lambda step, values: None)
         abstract = state_lib.abstract_state(plan.model, plan.tx, plan.mesh)
         shardings = jax.tree.map(lambda x: x.sharding, abstract)
         restored = saved.restore(abstract)
@@ -131,8 +153,6 @@ class Run:
                     )
                     return STOPPED
         self.saved.wait()
-        if hosts.is_first():
-            evaluation.print_result(plan, self.history)
         return 0
 
     def step(self) -> tuple[dict[str, Any], int]:
@@ -144,7 +164,9 @@ class Run:
         # The number is for the rates only. Assume that the other hosts have as many tokens.
         tokens = self.plan.parallel.shard[1] * int((batch.segment_ids > 0).sum())
         batch = self.reference.place(batch)
-        self.state, values = self.update(self.state, batch, self.reference.frozen)
+        self.state, values = self.update(
+            self.state, batch, self.reference.frozen, self.plan.arguments
+        )
         return values, tokens
 
     def log(self, step: int, values: dict[str, Any], tokens: int):
@@ -156,8 +178,8 @@ class Run:
         unit = self.plan.objective.unit
         rates = self.progress.update(step, values, **{"tokens": tokens, unit: values[unit]})
         # The learning rate of this update. optax counts steps from 0.
-        rate = self.plan.schedule(step - 1)
-        self.writer.write(step, values | {"learning_rate": rate} | rates)
+        rate = float(self.plan.schedule(step - 1))
+        self.write(step, values | {"learning_rate": rate} | rates)
         for name in ("loss", "grad_norm"):
             if not math.isfinite(values[name]):
                 raise FloatingPointError(
@@ -170,8 +192,13 @@ class Run:
         found = self.evaluation.run(self.state.params)
         self.history.append({"step": step, **found})
         if found:
-            self.writer.write(step, {f"eval/{name}": value for name, value in found.items()})
+            self.write(step, {f"eval/{name}": value for name, value in found.items()})
             hosts.say(f"evaluation at step {step}: {evaluation.shown(self.plan, found)}")
+
+    def write(self, step: int, values: dict[str, float]):
+        """Writes a line of metrics, and shows it to the caller's `watch`."""
+        self.writer.write(step, values)
+        self.watch(step, values)
 
     def save(self, step: int):
         """Starts to save the state and everything else that a resume needs."""

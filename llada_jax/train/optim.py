@@ -14,7 +14,7 @@ SCHEDULES = ("cosine", "constant")
 class Optimizer:
     """AdamW and its learning rate."""
 
-    peak: float = 1e-3  # learning rate after warm-up
+    peak: float = config.key(1e-3, argument=True)  # learning rate after warm-up
     warmup_steps: int = 100  # steps of linear warm-up from 0
     schedule: str = "cosine"  # after warm-up; or "constant": decays in the last tenth of the steps
     end_fraction: float = 0.0  # learning rate at the last step, as a fraction of the peak
@@ -40,7 +40,7 @@ class Optimizer:
 
 def make_schedule(
     *,
-    peak: float,
+    peak: float | jax.Array,
     warmup_steps: int,
     num_steps: int,
     end_fraction: float = 0.0,
@@ -62,14 +62,14 @@ def make_schedule(
             f"warmup_steps={warmup_steps} must be at least 0 and below the {num_steps} steps of "
             "the run: lower optimizer.warmup_steps, or raise num_steps"
         )
+    warmup = optax.linear_schedule(0.0, peak, warmup_steps)
     if kind == "cosine":
-        return optax.warmup_cosine_decay_schedule(
-            0.0, peak, warmup_steps, num_steps, end_fraction * peak
-        )
+        decay = optax.cosine_decay_schedule(peak, num_steps - warmup_steps, end_fraction)
+        return optax.join_schedules([warmup, decay], [warmup_steps])
     decay_steps = min(max(num_steps // 10, 1), num_steps - warmup_steps)
     return optax.join_schedules(
         [
-            optax.linear_schedule(0.0, peak, warmup_steps),
+            warmup,
             optax.constant_schedule(peak),
             optax.linear_schedule(peak, end_fraction * peak, decay_steps),
         ],

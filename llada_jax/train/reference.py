@@ -1,6 +1,5 @@
 """The reference policy of a run: its parameters, or its terms, computed before training."""
 
-import functools
 from typing import Any
 
 import jax
@@ -55,19 +54,23 @@ class Policy:
 
     def _cache(self, params: Any, settings: Any, rows: Rows, epochs: int) -> ReferenceCache:
         plan = self._plan
-        terms_fn = functools.partial(
-            plan.objective.reference_terms, model=plan.model, settings=settings
-        )
+
+        def terms_and_rows(params, batch, numbers):
+            given = config.with_arguments(settings, numbers)
+            terms = plan.objective.reference_terms(params, batch, model=plan.model, settings=given)
+            return batch.row_ids, terms
+
         gathered = plan.parallel.jit(
-            lambda params, batch: (batch.row_ids, terms_fn(params, batch)),
-            (False, True),
+            terms_and_rows,
+            (False, True, False),
             out_rows=True,
             out_shardings=mesh_lib.replicated(plan.mesh),
         )
 
         def terms_of(batch):
             self._stop.check()
-            return jax.device_get(gathered(params, plan.parallel.put(batch)))
+            numbers = plan.arguments["settings"]
+            return jax.device_get(gathered(params, plan.parallel.put(batch), numbers))
 
         model = plan.model
         cache = ReferenceCache(

@@ -1,6 +1,5 @@
-"""The training step of every objective: a pure (state, batch, frozen) -> (state, metrics)."""
+"""The training step of every objective: a pure function of state, batch and frozen parameters."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -64,19 +63,28 @@ def train_step(
 
 
 def jit_update(experiment: Experiment, shardings: TrainState):
-    """Returns the jitted step (state, batch, frozen) -> (state, metrics). It donates the state."""
-    step = functools.partial(
-        train_step,
-        objective=experiment.objective,
-        model=experiment.model,
-        tx=experiment.tx,
-        settings=experiment.settings,
-        accumulate=experiment.optimizer.accumulate,
-        axis_name=experiment.parallel.axis_name,
-    )
+    """Returns the jitted step (state, batch, frozen, arguments) -> (state, metrics).
+
+    It donates the state. `arguments` are `experiment.arguments`.
+    """
+
+    def step(state, batch, frozen, arguments):
+        given = experiment.with_arguments(arguments)
+        return train_step(
+            state,
+            batch,
+            frozen,
+            objective=given.objective,
+            model=given.model,
+            tx=given.tx,
+            settings=given.settings,
+            accumulate=given.optimizer.accumulate,
+            axis_name=given.parallel.axis_name,
+        )
+
     return experiment.parallel.jit(
         step,
-        (False, True, False),
+        (False, True, False, False),
         out_rows=False,
         out_shardings=(shardings, mesh_lib.replicated(experiment.mesh)),
         donate=0,

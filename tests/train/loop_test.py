@@ -310,7 +310,7 @@ def test_a_cached_reference_takes_the_same_steps(vrpo, vrpo_run, tmp_path, monke
 def test_a_cached_reference_has_the_epochs_of_a_run_that_goes_on_with_smaller_batches(
     vrpo, tmp_path, monkeypatch
 ):
-    def update(current, batch, frozen):
+    def update(current, batch, frozen, numbers):
         assert batch.reference is not None and frozen is None
         values = {"loss": 1.0, "grad_norm": 1.0, "pairs": 8.0}
         return current.replace(step=current.step + 1), values
@@ -480,7 +480,7 @@ def test_other_data_cannot_continue_a_run(sft, monkeypatch):
 
 @pytest.mark.parametrize("name, value", [("loss", np.nan), ("loss", np.inf), ("grad_norm", np.nan)])
 def test_what_is_not_finite_ends_the_run(tmp_path, monkeypatch, name, value):
-    def update(current, batch, frozen):
+    def update(current, batch, frozen, numbers):
         values = {"loss": 1.0, "grad_norm": 1.0, "samples": 8.0}
         values |= {name: value} if current.step == 3 else {}
         return current.replace(step=current.step + 1), values

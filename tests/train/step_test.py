@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import make_batch
+from helpers import config_of, make_batch
 
 import llada_jax
 from llada_jax import elbo, losses, noise
 from llada_jax.batch import Batch
+from llada_jax.benchmark.step import make_work
+from llada_jax.compile import step as compile_step
 from llada_jax.models.llada import ROWS, LLaDA, ModelConfig
 from llada_jax.objectives import OBJECTIVES, denoising, preference
 from llada_jax.objectives import terms as terms_lib
@@ -21,7 +23,7 @@ from llada_jax.objectives.preference import Preference
 from llada_jax.parallel import mesh
 from llada_jax.train import optim, state
 from llada_jax.train.state import TrainState
-from llada_jax.train.step import train_step
+from llada_jax.train.step import jit_update, train_step
 
 CONFIG = ModelConfig(
     d_model=16,
@@ -394,3 +396,37 @@ def test_settings_are_checked_where_they_are_made():
     ):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(SETTINGS, **change)
+
+
+def plan_of(**changes):
+    arch = CONFIG.to_dict() | {"embedding_size": 64}
+    shared = {"model.arch": arch, "data.row_length": 16, "data.batch_rows": 4, "num_steps": 9}
+    shared |= {"optimizer.warmup_steps": 2, "vrpo.n_t": 2}
+    return compile_step.plan_for(config_of(shared | changes).lock(), jax.devices()[:1])
+
+
+NUMBERS = {"seed": 2**33 + 5, "optimizer.peak": 3e-3, "vrpo.beta": 0.7, "vrpo.sft_weight": 0.3}
+
+
+def test_runs_that_differ_in_numbers_only_share_a_program():
+    plans = [plan_of(), plan_of(**NUMBERS)]
+    abstract = compile_step.make_abstract(plans[0])
+    shardings = jax.tree.map(lambda x: x.sharding, abstract[0])
+    one, other = (jit_update(plan, shardings).lower(*abstract).as_text() for plan in plans)
+    assert one == other
+
+
+@pytest.mark.slow
+def test_numbers_that_are_arguments_give_the_bits_of_constants():
+    plan = plan_of(**NUMBERS)
+    shardings = jax.tree.map(lambda x: x.sharding, compile_step.make_abstract(plan)[0])
+    parts = {name: getattr(plan, name) for name in ("objective", "model", "tx", "settings")}
+    constants = jax.jit(functools.partial(train_step, **parts), donate_argnums=0)
+    found = []
+    for update, count in ((jit_update(plan, shardings), 4), (constants, 3)):
+        work = make_work(plan)
+        for _ in range(4):
+            work.state, values = update(*work.arguments[:count])
+        found.append(jax.device_get((values, work.state)))
+    jax.tree.map(np.testing.assert_array_equal, *found)
+    assert int(work.state.step) == 4 and values["loss/sft"] > 0
