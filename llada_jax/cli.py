@@ -6,6 +6,7 @@ returns an exit status (None means 0). It ends with `sys.exit(cli.run(main, pars
 
 import argparse
 import difflib
+import functools
 import operator
 import os
 import pathlib
@@ -66,7 +67,7 @@ class Parser(argparse.ArgumentParser):
         config = None
         try:
             if of_config:
-                config = _read_config(of_config)
+                config = read_config(of_config)
         except (Exception, flags.Error) as error:  # whatever a config file or ml_collections raises
             _show(error)
             self.error(_text(error))
@@ -136,8 +137,11 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return of_config, others
 
 
-def _read_config(argv: list[str]):
-    """The config that its flags name, with its changes. Raises whatever its file raises."""
+def read_config(argv: list[str]) -> Any:
+    """Returns the config that flags name (--config=FILE --config.NAME=VALUE), with its changes.
+
+    Raises ValueError for a wrong flag, and whatever its file raises.
+    """
     pairs = zip(argv, [*argv[1:], ""], strict=True)
     file = next((w.partition("=")[2] or after for w, after in pairs if _name(w) == "--config"), "")
     if not file:
@@ -157,6 +161,18 @@ def _read_config(argv: list[str]):
         path, value = wrong.groups()
         kind = type(operator.attrgetter(path)(config)).__name__
         raise ValueError(f"config.{path}={value} is not of type {kind}") from error
+
+
+def set_key(config: Any, path: str, value: Any, file: str) -> None:
+    """Sets a key of a config of `file`. Raises ValueError for another key or another type."""
+    _check_key(config, path, file)
+    *sections, name = path.split(".")
+    section = functools.reduce(operator.getitem, sections, config)
+    try:
+        section[name] = value
+    except TypeError as error:
+        kind = type(section[name]).__name__
+        raise ValueError(f"config.{path}={value!r} is not of type {kind}") from error
 
 
 def _parsed(argv: list[str]):

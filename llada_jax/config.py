@@ -121,6 +121,11 @@ def with_arguments(settings: Any, values: Mapping[str, Any]) -> Any:
     return changed
 
 
+def without_arguments(settings: Any) -> Any:
+    """Returns the settings without their `arguments`: equal if a program is the same with both."""
+    return with_arguments(settings, dict.fromkeys(arguments(settings)))
+
+
 def keys(*classes: type) -> Iterator[tuple[str, Any, str]]:
     """Yields (name, default, comment) of every key of settings dataclasses, for --help and docs."""
     for cls in classes:

@@ -110,7 +110,7 @@ class Progress:
             f"{_short(rate)} {name}" for name, rate in rates.items() if name != "seconds_left"
         ]
         if "seconds_left" in rates:
-            parts.append(f"{_duration(rates['seconds_left'])} left")
+            parts.append(f"{duration(rates['seconds_left'])} left")
         shown = floats({name: metrics[name] for name in self._show if name in metrics})
         parts += [f"{name} {value:.4g}" for name, value in shown.items()]
         if self._bar is None:
@@ -127,7 +127,8 @@ def _short(rate: float) -> str:
     return f"{rate:.3g}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Returns a time as 2h 05m, 5m 03s or 3s."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return (

@@ -58,3 +58,14 @@ def device_bytes(plan: Experiment) -> dict[str, float]:
     if computes_reference(plan):
         sizes["reference"] = total * plan.reference_dtype.itemsize / shards
     return sizes
+
+
+def training_passes(plan: Experiment) -> int:
+    """Returns the model passes that a run takes to train, in forward passes over a row.
+
+    They are steps x rows x draws x passes a draw: 3 for the policy, whose backward pass counts as
+    two, and 1 for a reference policy, also if its terms are cached. Passes that are repeated to
+    save memory do not count, nor do evaluations.
+    """
+    a_draw = 3 if plan.reference is None else 4
+    return plan.num_steps * plan.data.batch_rows * plan.settings.scheme.n * a_draw

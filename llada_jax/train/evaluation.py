@@ -2,12 +2,15 @@
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
 from llada_jax import config, tasks
 from llada_jax.evaluate import heldout, responses
 from llada_jax.parallel import mesh as mesh_lib
+from llada_jax.parallel.split import Parallel
 from llada_jax.parallel.stop import Stop
 from llada_jax.train.experiment import Experiment
 from llada_jax.train.reference import Policy
@@ -21,28 +24,19 @@ class Evaluation:
 
     def __init__(self, plan: Experiment, reference: Policy, stop: Stop):
         self._plan, self._reference, self._stop = plan, reference, stop
-        jit = functools.partial(
-            plan.parallel.jit,
-            rows=(False, True, False, False),
-            out_rows=False,
-            out_shardings=mesh_lib.replicated(plan.mesh),
-        )
-
-        def compiled(function, settings, **kwargs):
-            kwargs |= {"model": plan.model, "axis_name": plan.parallel.axis_name}
-
-            def metrics(params, batch, frozen, numbers):
-                given = config.with_arguments(settings, numbers)
-                return function(params, batch, frozen, settings=given, **kwargs)
-
-            return jit(metrics)
-
-        self._metrics = compiled(
-            heldout.heldout_metrics, plan.heldout_settings, objective=plan.objective
+        self._metrics = _jit_metrics(
+            heldout.heldout_metrics,
+            plan.parallel,
+            config.without_arguments(plan.heldout_settings),
+            model=plan.model,
+            objective=plan.objective,
         )
         self._variance = None
         if repeats := plan.eval.variance_repeats:
-            self._variance = compiled(score_variance, plan.settings, repeats=repeats)
+            settings = config.without_arguments(plan.settings)
+            self._variance = _jit_metrics(
+                score_variance, plan.parallel, settings, model=plan.model, repeats=repeats
+            )
 
     def run(self, params) -> dict[str, float | int]:
         """Returns the metrics of these parameters. Raises Stopped if a signal asks to stop."""
@@ -93,6 +87,26 @@ class Evaluation:
             eos_id=tokenizer.eos_id,
             eot_id=tokenizer.eot_id,
         )
+
+
+@functools.lru_cache(maxsize=32)
+def _jit_metrics(function: Callable, parallel: Parallel, settings: Any, **kwargs):
+    """Returns the jitted (params, batch, frozen, numbers) -> Means of a function.
+
+    `numbers` are the `config.arguments` of the settings, which are missing in `settings`.
+    """
+
+    def metrics(params, batch, frozen, numbers):
+        given = config.with_arguments(settings, numbers)
+        axis = parallel.axis_name
+        return function(params, batch, frozen, settings=given, axis_name=axis, **kwargs)
+
+    return parallel.jit(
+        metrics,
+        (False, True, False, False),
+        out_rows=False,
+        out_shardings=mesh_lib.replicated(parallel.mesh),
+    )
 
 
 def shown(plan: Experiment, found: dict[str, float | int]) -> str:

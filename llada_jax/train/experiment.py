@@ -96,14 +96,6 @@ class Experiment:
             "optimizer": config_lib.arguments(self.optimizer),
         }
 
-    def with_arguments(self, arguments: dict[str, dict[str, Any]]) -> "Experiment":
-        """Returns the experiment with these numbers, which may be traced, in its settings."""
-        return dataclasses.replace(
-            self,
-            settings=config_lib.with_arguments(self.settings, arguments["settings"]),
-            optimizer=config_lib.with_arguments(self.optimizer, arguments["optimizer"]),
-        )
-
     @property
     def rows_at_once(self) -> int:
         """The number of rows that a training step computes at a time.
@@ -120,27 +112,12 @@ class Experiment:
     @functools.cached_property
     def schedule(self) -> optax.Schedule:
         """The learning-rate schedule."""
-        o = self.optimizer
-        return optim.make_schedule(
-            peak=o.peak,
-            warmup_steps=o.warmup_steps,
-            num_steps=self.num_steps,
-            end_fraction=o.end_fraction,
-            kind=o.schedule,
-        )
+        return optim.make(self.optimizer, self.num_steps)[0]
 
     @functools.cached_property
     def tx(self) -> optax.GradientTransformation:
         """The optimiser."""
-        o = self.optimizer
-        return optim.make_optimizer(
-            self.schedule,
-            b1=o.b1,
-            b2=o.b2,
-            eps=o.eps,
-            weight_decay=o.weight_decay,
-            clip_norm=o.clip_norm,
-        )
+        return optim.make(self.optimizer, self.num_steps)[1]
 
     def batches(self, rows: Rows, **settings) -> Loader:
         """Returns a loader of this host's share of every batch.
@@ -292,7 +269,7 @@ def _model(s: Settings, mesh: Mesh, tokenizer: Tokenizer | None) -> nn.Module:
                 f"{mesh.shape[axis]}: change config.mesh"
             )
     m = s.model
-    return family.Module(
+    model = family.Module(
         config,
         jnp.dtype(m.dtype),
         jnp.dtype(m.param_dtype),
@@ -301,6 +278,13 @@ def _model(s: Settings, mesh: Mesh, tokenizer: Tokenizer | None) -> nn.Module:
         m.logps_chunk,
         m.unroll,
     )
+    return _one_of_equals(model)
+
+
+@functools.lru_cache
+def _one_of_equals(model: nn.Module) -> nn.Module:
+    """Returns the first of equal models: what JAX traced with it, as the sampler, serves again."""
+    return model
 
 
 def _architecture(s: Settings, tokenizer: Tokenizer | None) -> Any:

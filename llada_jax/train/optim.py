@@ -84,6 +84,25 @@ def decay_mask(params):
     )
 
 
+def make(o: Optimizer, num_steps: int) -> tuple[optax.Schedule, optax.GradientTransformation]:
+    """Returns the schedule and the optimiser that settings describe."""
+    schedule = make_schedule(
+        peak=o.peak,
+        warmup_steps=o.warmup_steps,
+        num_steps=num_steps,
+        end_fraction=o.end_fraction,
+        kind=o.schedule,
+    )
+    return schedule, make_optimizer(
+        schedule,
+        b1=o.b1,
+        b2=o.b2,
+        eps=o.eps,
+        weight_decay=o.weight_decay,
+        clip_norm=o.clip_norm,
+    )
+
+
 def make_optimizer(
     schedule: optax.Schedule,
     *,

@@ -1,5 +1,6 @@
 """The training step of every objective: a pure function of state, batch and frozen parameters."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from llada_jax import config
 from llada_jax.batch import Batch
 from llada_jax.objectives import Objective
 from llada_jax.parallel import mesh as mesh_lib
+from llada_jax.train import optim
 from llada_jax.train.experiment import Experiment
 from llada_jax.train.state import TrainState
 
@@ -65,28 +68,44 @@ def train_step(
 def jit_update(experiment: Experiment, shardings: TrainState):
     """Returns the jitted step (state, batch, frozen, arguments) -> (state, metrics).
 
-    It donates the state. `arguments` are `experiment.arguments`.
+    It donates the state. `arguments` are `experiment.arguments`. Experiments that differ in these
+    only get the same function, which is traced and compiled once.
     """
+    leaves, structure = jax.tree.flatten(shardings)
+    return _jit_update(
+        experiment.objective,
+        experiment.model,
+        config.without_arguments(experiment.settings),
+        config.without_arguments(experiment.optimizer),
+        experiment.num_steps,
+        experiment.parallel,
+        structure,
+        *leaves,
+    )
 
+
+@functools.lru_cache(maxsize=32)
+def _jit_update(objective, model, settings, optimizer, num_steps, parallel, structure, *leaves):
     def step(state, batch, frozen, arguments):
-        given = experiment.with_arguments(arguments)
+        given = config.with_arguments(optimizer, arguments["optimizer"])
         return train_step(
             state,
             batch,
             frozen,
-            objective=given.objective,
-            model=given.model,
-            tx=given.tx,
-            settings=given.settings,
-            accumulate=given.optimizer.accumulate,
-            axis_name=given.parallel.axis_name,
+            objective=objective,
+            model=model,
+            tx=optim.make(given, num_steps)[1],
+            settings=config.with_arguments(settings, arguments["settings"]),
+            accumulate=optimizer.accumulate,
+            axis_name=parallel.axis_name,
         )
 
-    return experiment.parallel.jit(
+    shardings = jax.tree.unflatten(structure, leaves)
+    return parallel.jit(
         step,
         (False, True, False, False),
         out_rows=False,
-        out_shardings=(shardings, mesh_lib.replicated(experiment.mesh)),
+        out_shardings=(shardings, mesh_lib.replicated(parallel.mesh)),
         donate=0,
     )
 
