@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 
 def choose(
-    values: Sequence[float],
-    costs: Sequence[float],
-    limit: float = math.inf,
+    values: Sequence[float | int],
+    costs: Sequence[float | int],
+    limit: float | int,
     *,
     largest: bool = True,
 ) -> tuple[int, str]:

@@ -43,7 +43,7 @@ def draw(study: Study, runs: list[Row]) -> bytes | None:
     panel.set_xlabel(_named(study, x) if x else "step")
     panel.set_ylabel(_named(study, y))
     panel.grid(alpha=0.3)
-    plot.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    plot.legend(loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     content = io.BytesIO()
     plot.savefig(content, dpi=160, format="png")
     return content.getvalue()
@@ -69,7 +69,7 @@ def _line(study, runs, arm, x, y) -> list[tuple[Estimate, Estimate]]:
     steps = sorted(set.intersection(*map(set, by_step))) if by_step else []
     found = []
     for step in steps:
-        across = estimate({k: step if not x else of[step][x] for k, of in enumerate(by_step)})
+        across = estimate({k: of[step][x] if x else float(step) for k, of in enumerate(by_step)})
         up = estimate({k: of[step][y] for k, of in enumerate(by_step)})
         if across.count and up.count:
             found.append((across, up))
@@ -77,4 +77,4 @@ def _line(study, runs, arm, x, y) -> list[tuple[Estimate, Estimate]]:
 
 
 def _value(evaluation: Row, name: str) -> float:
-    return math.nan if evaluation[name] is None else evaluation[name]
+    return math.nan if evaluation[name] is None else float(evaluation[name])

@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from etils import epath
+
 from llada_jax.files import write_whole
 from llada_jax.metrics import duration
 from llada_jax.metrics.writer import lines_until
@@ -26,10 +28,10 @@ class Session:
     `execute(run, watch, stop)` trains one run and returns its result, or None if it was stopped.
     """
 
-    def __init__(self, study: Study, out, execute: Callable[..., Result | None] | None = None):
+    def __init__(self, study: Study, out: epath.Path, execute: Callable | None = None):
         self.study = study
         self.planner = Planner(study, out)
-        self._execute = execute or train_run
+        self._execute: Callable[..., Result | None] = execute or train_run
         self._tuning = {arm: self.planner.tuning(arm) for arm in study.arms}
         self._results: dict[Any, Result | None] = {}
         self._final: dict[str, list[Run]] = {}
@@ -100,7 +102,7 @@ class Session:
         except ValueError as error:
             raise ValueError(f"arm {source!r}: {error}") from error
 
-    def last(self, run: Run) -> dict[str, float | None]:
+    def last(self, run: Run) -> dict[str, Any]:
         """The last evaluation of a finished run; {} if the run failed."""
         result = self._results[run.folder]
         return {} if result.get("failed") else result["evaluations"][-1]
@@ -214,6 +216,6 @@ def _evaluations(path) -> list[dict[str, Any]]:
     return found
 
 
-def _number(evaluation: dict[str, float | None], name: str) -> float:
+def _number(evaluation: dict[str, Any], name: str) -> float:
     value = evaluation.get(name)
-    return float("nan") if value is None else value
+    return float("nan") if value is None else float(value)

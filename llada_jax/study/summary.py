@@ -31,6 +31,8 @@ def estimate(values: Mapping[int, float]) -> Estimate:
     if not there:
         return Estimate(math.nan, math.nan, 0)
     spread = statistics.stdev(there) / math.sqrt(len(there)) if len(there) > 1 else math.nan
+    if spread < 1e-9 * max(map(abs, there)):
+        spread = 0.0  # rounding
     return Estimate(statistics.fmean(there), spread, len(there))
 
 

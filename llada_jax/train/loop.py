@@ -178,7 +178,7 @@ class Run:
         unit = self.plan.objective.unit
         rates = self.progress.update(step, values, **{"tokens": tokens, unit: values[unit]})
         # The learning rate of this update. optax counts steps from 0.
-        rate = float(self.plan.schedule(step - 1))
+        rate = self.plan.schedule(step - 1)
         self.write(step, values | {"learning_rate": rate} | rates)
         for name in ("loss", "grad_norm"):
             if not math.isfinite(values[name]):
@@ -195,8 +195,9 @@ class Run:
             self.write(step, {f"eval/{name}": value for name, value in found.items()})
             hosts.say(f"evaluation at step {step}: {evaluation.shown(self.plan, found)}")
 
-    def write(self, step: int, values: dict[str, float]):
+    def write(self, step: int, values: dict[str, Any]):
         """Writes a line of metrics, and shows it to the caller's `watch`."""
+        values = metrics.floats(values)
         self.writer.write(step, values)
         self.watch(step, values)
 

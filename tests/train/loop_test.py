@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+import math
 import os
 import re
 import signal
@@ -89,6 +90,9 @@ def compiled_once(tmp_path_factory):
     compilation_cache.reset_cache()
 
 
+WATCHED = []  # what the run of the fixture `sft` showed to its caller
+
+
 def write_jsonl(path, records):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return f"jsonl:{path}"
@@ -110,7 +114,8 @@ def pairs(tmp_path_factory):
 def sft(tmp_path_factory):
     """The workdir of a finished run."""
     workdir = tmp_path_factory.mktemp("sft")
-    assert run(SFT, workdir) == 0
+    plan = make_plan(config_of(SFT), workdir)
+    assert train(plan, lambda *seen: WATCHED.append(seen), table=False) == 0
     return workdir
 
 
@@ -214,6 +219,15 @@ def test_sft_logs_and_evaluates(sft):
     assert evaluated[-1]["eval/elbo_per_token"] > evaluated[0]["eval/elbo_per_token"]
     assert sorted(path.name for path in (sft / "checkpoints").iterdir()) == ["2", "4", "6"]
     assert any((sft / "tb").iterdir())
+
+
+def test_a_caller_sees_each_line_of_the_metrics(sft):
+    def known(values):
+        return {name: value for name, value in values.items() if math.isfinite(value)}
+
+    logged = [{k: v for k, v in line.items() if v is not None} for line in lines(sft)]
+    assert [{"step": step, **known(values)} for step, values in WATCHED] == logged
+    assert all(type(value) is float for _, values in WATCHED for value in values.values())
 
 
 def test_pretrain_runs(tmp_path):
