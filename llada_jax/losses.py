@@ -28,7 +28,7 @@ def _ipo(s: Array, beta: float | Array, e: float | int) -> Array:
 class PreferenceLoss:
     """A loss of a score s, and whether label smoothing e has a meaning for it."""
 
-    of_score: Callable[[Array, float, float], Array]  # (s, beta, e) -> loss
+    of_score: Callable[[Array, float | Array, float], Array]  # (s, beta, e) -> loss
     smooths_labels: bool = False
 
 

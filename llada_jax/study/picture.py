@@ -1,7 +1,9 @@
-"""The picture of a study: one metric against another, or against the step, as training goes on."""
+"""The pictures of a study: how training goes on, and how the choice depends on what is tuned."""
 
 import io
 import math
+from collections.abc import Sequence
+from typing import Any
 
 from llada_jax.study.definition import Study
 from llada_jax.study.summary import Estimate, Row, estimate
@@ -14,19 +16,13 @@ def draw(study: Study, runs: list[Row]) -> bytes | None:
     seeds to both sides. The last step has a marker, with the errors of both metrics. Raises
     ImportError if there is no matplotlib.
     """
-    try:
-        from matplotlib import figure  # noqa: PLC0415 (only pictures need matplotlib)
-    except ImportError:
-        raise ImportError("pictures need matplotlib: pip install 'llada_jax[plot]'") from None
     y, x = study.y or next(iter(study.metrics)), study.x
     lines = {arm: found for arm in study.arms if (found := _line(study, runs, arm, x, y))}
     if not lines:
         return None
-    # A page shows it 800 pixels wide: a point of text is then a pixel and a half.
-    plot = figure.Figure(figsize=(7.4, 4.6), layout="constrained")
-    panel = plot.subplots()
+    plot, panel = _panel()
     for k, (arm, points) in enumerate(lines.items()):
-        color, dashes = f"C{k % 10}", ("-", "--", ":")[k // 10 % 3]
+        color, dashes = _look(k)
         across, up = zip(*points, strict=True)
         xs, ys = [e.mean for e in across], [e.mean for e in up]
         low, high = ([e.mean + sign * _width(e) for e in up] for sign in (-1, 1))
@@ -42,6 +38,54 @@ def draw(study: Study, runs: list[Row]) -> bytes | None:
         panel.plot(start.mean, up.mean, "k*", ms=10, label=study.label(study.before), zorder=3)
     panel.set_xlabel(_named(study, x) if x else "step")
     panel.set_ylabel(_named(study, y))
+    return _png(plot, panel)
+
+
+def draw_grid(study: Study, grids: dict[str, Sequence[Sequence[float]]]) -> bytes | None:
+    """Returns a PNG of the metric that chooses against the key that grid points change.
+
+    grids: the metric at each grid point of an arm, one value a seed; nan: the run failed, and its
+        point is left out.
+
+    Returns None if the points change several keys, or one that is no number. Raises ImportError if
+    there is no matplotlib.
+    """
+    points = [point for arm in grids for point in study.grid(arm)]
+    keys = {key for point in points for key in point}
+    if len(keys) != 1 or any(type(point.get(*keys)) not in (int, float) for point in points):
+        return None
+    (key,) = keys
+    plot, panel = _panel()
+    for k, (arm, values) in enumerate(grids.items()):
+        color, dashes = _look(k)
+        found = [
+            (point[key], estimate(dict(enumerate(of_seeds))))
+            for point, of_seeds in zip(study.grid(arm), values, strict=True)
+            if all(map(math.isfinite, of_seeds))
+        ]
+        if found:
+            xs, ys = zip(*sorted(found, key=lambda at: at[0]), strict=True)
+            errors = [_width(e) for e in ys]
+            style = {"color": color, "ls": dashes, "marker": "o", "ms": 5, "capsize": 2}
+            panel.errorbar(xs, [e.mean for e in ys], errors, **style, label=study.label(arm))
+    if all(point[key] > 0 for point in points):
+        panel.set_xscale("log")
+    panel.set_xlabel(key)
+    panel.set_ylabel(_named(study, study.tune.metric))
+    return _png(plot, panel)
+
+
+def _panel() -> tuple[Any, Any]:
+    try:
+        from matplotlib import figure  # noqa: PLC0415 (only pictures need matplotlib)
+    except ImportError:
+        raise ImportError("pictures need matplotlib: pip install 'llada_jax[plot]'") from None
+    # A page shows it 800 pixels wide: a point of text is then a pixel and a half.
+    plot = figure.Figure(figsize=(7.4, 4.6), layout="constrained")
+    return plot, plot.subplots()
+
+
+def _png(plot: Any, panel: Any) -> bytes:
     panel.grid(alpha=0.3)
     plot.legend(loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     content = io.BytesIO()
@@ -49,8 +93,12 @@ def draw(study: Study, runs: list[Row]) -> bytes | None:
     return content.getvalue()
 
 
+def _look(k: int) -> tuple[str, str]:
+    return f"C{k % 10}", ("-", "--", ":")[k // 10 % 3]
+
+
 def _named(study: Study, metric: str) -> str:
-    name = study.metrics[metric]
+    name = study.name_of(metric)
     return metric if name.endswith(metric) else f"{metric} ({name})"
 
 

@@ -21,23 +21,28 @@ PASSES = (
 
 
 def write(session: Session, out, command: str) -> None:
-    """Writes study.json, curves.json, study.png and study.md to a folder, on the first host.
+    """Writes study.json, curves.json, study.md and the pictures to a folder, on the first host.
 
-    They have what is finished so far. Without matplotlib there is no picture.
+    They have what is finished so far. Without matplotlib there are no pictures.
     """
     rows, curves = summary.rows(session), summary.curves(session)
+    grids = {arm: [v for v, _ in grid] for arm in session.study.arms if (grid := session.grid(arm))}
     text = _page(session, rows, command)
     if not hosts.is_first():
         return
     write_whole(out / "study.json", _lines(rows))
     write_whole(out / "curves.json", _lines(curves))
     try:
-        drawn = picture.draw(session.study, curves)
+        drawn = {
+            "study.png": picture.draw(session.study, curves),
+            "grid.png": picture.draw_grid(session.study, grids),
+        }
     except ImportError as error:
-        drawn, text = None, f"{text}\nThere is no picture: {error}\n"
-    if drawn:
-        write_whole(out / "study.png", drawn)
-        text += f"\n![{session.study.title}](study.png)\n"
+        drawn, text = {}, f"{text}\nThere is no picture: {error}\n"
+    for name, content in drawn.items():
+        if content:
+            write_whole(out / name, content)
+            text += f"\n![{session.study.title}]({name})\n"
     write_whole(out / "study.md", text)
 
 

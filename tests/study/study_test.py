@@ -240,7 +240,7 @@ def test_a_stopped_study_reports_what_is_there_and_ends_the_same(tmp_path, capsy
     assert [row["arm"] for row in partial] == ["before", "shared", "naive"]
     _, rest = finish(STUDY, tmp_path / "parts")
     assert len(rest) == 4
-    for name in ("study.json", "curves.json", "study.png"):
+    for name in ("study.json", "curves.json", "study.png", "grid.png"):
         whole, parts = ((tmp_path / k / name).read_bytes() for k in ("whole", "parts"))
         assert whole == parts, name
 
@@ -304,6 +304,16 @@ def test_the_picture_needs_no_second_metric_and_no_second_seed():
     found["evaluations"] = [{"step": k, "eval/m": k} for k in (0, 5)]
     assert picture.draw(study, [found]).startswith(b"\x89PNG")
     assert picture.draw(study, []) is None
+
+
+def test_the_grid_has_a_picture_if_its_points_change_one_number_only():
+    found = {arm: [[0.5, 0.6], [math.nan, 0.7]] for arm in ("shared", "naive")}
+    assert picture.draw_grid(STUDY, found).startswith(b"\x89PNG")
+    for point in ({"vrpo.beta": 0.1, "vrpo.n_t": 2}, {"vrpo.kind": "ipo"}):
+        tune = dataclasses.replace(STUDY.tune, grid=[point, point])
+        study = dataclasses.replace(STUDY, tune=tune)
+        assert picture.draw_grid(study, found) is None
+    assert picture.draw_grid(STUDY, {}) is None
 
 
 def test_report_only_writes_reports(tmp_path, capsys, monkeypatch):
