@@ -65,6 +65,7 @@ setup(
         "benchmark": ["torch>=2.8"],  # only `python -m llada_jax.benchmark torch` needs it
         "test": [
             "pytest>=9.0",
+            "pytest-xdist>=3.8",
             "beartype>=0.22",
             "ruff>=0.17",
             "mypy>=2.4",
