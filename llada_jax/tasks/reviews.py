@@ -65,6 +65,7 @@ def _any(*words: str) -> str:
     return "(?:" + "|".join(map(re.escape, words)) + ")"
 
 
+_FELT = re.compile(rf"({_any(*_GOOD_ENDS, *_BAD_ENDS)}|\b{_any(*sorted(POSITIVE | NEGATIVE))}\b)")
 _PROMPT = re.compile(
     rf"(?P<name>{_any(*_WOMEN, *_MEN)}) made a {_any(*_GENRES)} about "
     rf"(?:one (?P<one>{_any(*_HEROES)})|two (?P<two>{_any(*_HEROES.values())})) "
@@ -155,30 +156,53 @@ def score(record: Mapping[str, str], response: str) -> dict[str, float]:
     }
 
 
+def shade(record: Mapping[str, str], response: str) -> list[tuple[str, float | None]]:
+    """Returns the response in pieces: 1.0 for a positive word or ending, -1.0 for a negative one.
+
+    Their sum is the `sentiment`.
+    """
+    del record
+    pieces: list[tuple[str, float | None]] = []
+    for piece in _FELT.split(response):
+        good = piece in POSITIVE or piece in _GOOD_ENDS
+        bad = piece in NEGATIVE or piece in _BAD_ENDS
+        pieces.append((piece, 1.0 if good else -1.0 if bad else None))
+    return [(piece, value) for piece, value in pieces if piece]
+
+
 def _review(rng: np.random.Generator, name: str, hero: str, two: bool) -> str:
     """A random review of a film by `name` about `hero`."""
-    good = rng.choice((0.2, 0.8))  # the chance that a word is positive, if it is not plain
-
-    def felt(positive: list[str], negative: list[str], plain: list[str], share: float) -> str:
-        if rng.random() < share:
-            return _pick(rng, plain)
-        return _pick(rng, positive if rng.random() < good else negative)
-
-    def praise() -> str:
-        adverb = f"{_pick(rng, _ADVERBS)} " if rng.random() < 0.3 else ""
-        return adverb + felt(_GOOD, _BAD, _PLAIN, 0.2)
-
-    text = f"The {hero} {'are' if two else 'is'} {praise()}"
+    good = float(rng.choice((0.2, 0.8)))  # the chance that a word is positive, if it is not plain
+    text = f"The {hero} {'are' if two else 'is'} {_praise(rng, good)}"
     if rng.random() < 0.5:
         part = (
             f"{_pick(rng, _PARTS)} is" if rng.random() < 0.5 else f"{_pick(rng, _MANY_PARTS)} are"
         )
-        text += f", and the {part} {praise()}"
+        text += f", and the {part} {_praise(rng, good)}"
     who, whose = ("She", "her") if name in _WOMEN else ("He", "his")
-    verb = felt(_GOOD_VERBS, _BAD_VERBS, _PLAIN_VERBS, 0.1)
-    what = felt(_GOOD_WORDS, _BAD_WORDS, _PLAIN_WORDS, 0.1)
-    end = felt(_GOOD_ENDS, _BAD_ENDS, _PLAIN_ENDS, 0.1)
+    verb = _felt(rng, good, _GOOD_VERBS, _BAD_VERBS, _PLAIN_VERBS, 0.1)
+    what = _felt(rng, good, _GOOD_WORDS, _BAD_WORDS, _PLAIN_WORDS, 0.1)
+    end = _felt(rng, good, _GOOD_ENDS, _BAD_ENDS, _PLAIN_ENDS, 0.1)
     return f"{text}. {who} {verb} {whose} {_pick(rng, _THINGS)} with {what}. {end}"
+
+
+def _praise(rng: np.random.Generator, good: float) -> str:
+    adverb = f"{_pick(rng, _ADVERBS)} " if rng.random() < 0.3 else ""
+    return adverb + _felt(rng, good, _GOOD, _BAD, _PLAIN, 0.2)
+
+
+def _felt(
+    rng: np.random.Generator,
+    good: float,
+    positive: list[str],
+    negative: list[str],
+    plain: list[str],
+    share: float,
+) -> str:
+    """A word, plain with the chance `share`, otherwise positive with the chance `good`."""
+    if rng.random() < share:
+        return _pick(rng, plain)
+    return _pick(rng, positive if rng.random() < good else negative)
 
 
 def _pick(rng: np.random.Generator, words: list[str]) -> str:
@@ -188,6 +212,7 @@ def _pick(rng: np.random.Generator, words: list[str]) -> str:
 TASK = Task(
     fields={"prompt": str},
     score=score,
+    shade=shade,
     source="python:llada_jax.tasks.reviews:records?count=500&seed=1&split=heldout",
     settings={
         "default": Settings(

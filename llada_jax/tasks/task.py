@@ -46,6 +46,9 @@ class Task:
     keep: which records are tested; all by default.
     is_shot: which records of the source are the worked examples; by default none, and a file
         gives them.
+    shade: (record, response) -> the response in pieces, each with how good it is, from -1 to 1, or
+        None for no opinion: [("The plot is ", None), ("witty", 1.0), (".", None)]. Colours for the
+        reader; no score depends on them.
     runs_code: whether `score` runs the response as a program, in `tasks.sandbox`. It then takes
         `unsafe`, whether it may do so without protection.
     """
@@ -59,6 +62,7 @@ class Task:
     id_field: str | None = None
     keep: Callable[[dict], bool] | None = None
     is_shot: Callable[[dict], bool] | None = None
+    shade: Callable[[dict, str], Sequence[tuple[str, float | None]]] | None = None
     runs_code: bool = False
 
     def judge(self, where: str, record: dict, response: str, **options) -> dict[str, Any]:
@@ -88,6 +92,16 @@ class Task:
             name: [float(x) for x in found] if isinstance(found, list) else float(found)
             for name, found in named.items()
         }
+
+    def shaded(self, record: dict, response: str) -> list[tuple[str, float | None]]:
+        """The response in pieces with how good they are, see `shade`; one piece by default.
+
+        Raises ValueError if the pieces are not those of the response.
+        """
+        pieces = [(response, None)] if self.shade is None else list(self.shade(record, response))
+        if "".join(piece for piece, _ in pieces) != response:
+            raise ValueError(f"shade does not return the response: {pieces!r} (of {response!r})")
+        return pieces
 
     def number(self, where: str, record: dict, response: str) -> float:
         """The main number of a response, the mean of its verdicts if there are several.
