@@ -27,7 +27,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def paired(a: dict[str, float], b: dict[str, float]) -> dict[str, Any]:
     """The difference b - a of verdicts by id, over the ids of both.
 
-    Returns `difference` and its paired `stderr` (None for one question), `n`, how many questions
+    Returns `difference` and its paired `stderr` (None for one question), `n`, `share` (whether all
+    verdicts are from 0 to 1), how many questions
     are `better` and `worse` in b, and `needed`: the number of questions at which a difference as
     large as this is seen in 80 % of the cases by a two-sided test at 5 % (None: no difference).
     Raises ValueError if no id is in both.
@@ -50,6 +51,7 @@ def paired(a: dict[str, float], b: dict[str, float]) -> dict[str, Any]:
         "mean_a": float(np.mean([a[key] for key in ids])),
         "mean_b": float(np.mean([b[key] for key in ids])),
         "needed": needed,
+        "share": all(0 <= x <= 1 for of in (a, b) for x in of.values()),
     }
 
 
@@ -83,9 +85,9 @@ def _row(name: str, pair: dict[str, Any]) -> tuple:
     return (
         name,
         pair["n"],
-        f"{100 * pair['mean_a']:.1f}",
-        f"{100 * pair['mean_b']:.1f}",
-        table.percent(pair["difference"], pair["stderr"]),
+        table.percent(pair["mean_a"], share=pair["share"]),
+        table.percent(pair["mean_b"], share=pair["share"]),
+        table.percent(pair["difference"], pair["stderr"], pair["share"]),
         f"{pair['better']}, {pair['worse']}",
         needed,
     )

@@ -16,14 +16,15 @@ def draw(found: dict[str, dict[str, Any]], a: str, b: str) -> bytes:
     plot = figure.Figure(figsize=(7.2, 1.4 + 0.45 * len(found)), layout="constrained")
     panel = plot.subplots()
     for place, pair in enumerate(reversed(found.values())):
-        mean, error = 100 * pair["difference"], 196 * (pair["stderr"] or 0)
+        scale = 100 if pair["share"] else 1
+        mean, error = scale * pair["difference"], 1.96 * scale * (pair["stderr"] or 0)
         clear = abs(mean) > error > 0
         color = "tab:gray" if not clear else "tab:green" if mean > 0 else "tab:red"
         panel.errorbar(mean, place, xerr=error, color=color, marker="o", capsize=3, lw=1.8)
         panel.text(
             1.02,
             place,
-            f"{100 * pair['mean_a']:.1f} to {100 * pair['mean_b']:.1f}, n = {pair['n']}",
+            f"{scale * pair['mean_a']:.1f} to {scale * pair['mean_b']:.1f}, n = {pair['n']}",
             transform=panel.get_yaxis_transform(),
             va="center",
             fontsize=8.5,

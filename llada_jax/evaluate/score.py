@@ -52,7 +52,8 @@ def run(args: argparse.Namespace) -> None:
     if "protection" in result:
         print(f"the programs ran under: {result['protection']}")
     for name, value in result["metrics"].items():
-        print(f"{name} {percent(**value)} % of {result['n']} questions")
+        unit = " %" if value["share"] else ""
+        print(f"{name} {percent(**value)}{unit} of {result['n']} questions")
     if result["missing"]:
         print(f"{result['missing']} of {len(tested)} questions have no response: left out")
 

@@ -73,23 +73,25 @@ def summarise(verdicts: Mapping[str, Sequence[Verdict]]) -> dict[str, Any]:
     """The means and standard errors of the verdicts on each question's samples, by id.
 
     Returns `mean`, `stderr` (None for one question) and `n`, the number of questions, of the first
-    number of the verdicts; `metrics`, the same of all numbers; `verdicts`, the mean over the
-    samples by id; and, if there are several samples of 0 or 1 of every question, `samples` and
-    `pass@k` (`pass_at_k`).
+    number of the verdicts; `metrics`, the same of all numbers, with `share`, whether all of them
+    are from 0 to 1; `verdicts`, the mean over the samples by id; and, if there are several samples
+    of 0 or 1 of every question, `samples` and `pass@k` (`pass_at_k`).
     """
     names = list(next(iter(verdicts.values()))[0])
     values = {
         name: [_of_question([verdict[name] for verdict in of_id]) for of_id in verdicts.values()]
         for name in names
     }
-    metrics = {name: _mean(of_name) for name, of_name in values.items()}
+    means = {name: _mean(of_name) for name, of_name in values.items()}
+    metrics = {name: mean | {"share": _is_share(values[name])} for name, mean in means.items()}
     main = {key: [v[names[0]] for v in of_id] for key, of_id in verdicts.items()}
-    out = metrics[names[0]] | {"n": len(verdicts), "metrics": metrics}
+    out = means[names[0]] | {"n": len(verdicts), "metrics": metrics}
     least = min(map(len, verdicts.values()))
     if least > 1 and all(value in (0, 1) for values in main.values() for value in values):
         right = [(len(values), round(sum(values))) for values in main.values()]
         for k in (k for k in KS if k <= least):
             metrics[f"pass@{k}"] = _mean([[pass_at_k(n, c, k)] for n, c in right])
+            metrics[f"pass@{k}"]["share"] = True
     if max(map(len, verdicts.values())) > 1:
         out["samples"] = main
     return out | {"verdicts": {key: float(np.mean(values)) for key, values in main.items()}}
@@ -102,7 +104,11 @@ def _of_question(samples: list[float | list[float]]) -> list[float]:
     return [float(np.mean(samples))]
 
 
-def _mean(values: Sequence[Sequence[float]]) -> dict[str, float | None]:
+def _is_share(values: Iterable[Sequence[float]]) -> bool:
+    return all(0 <= number <= 1 for numbers in values for number in numbers)
+
+
+def _mean(values: Sequence[Sequence[float]]) -> dict[str, Any]:
     """The mean of all numbers and its standard error, in which a question is one observation."""
     counts = np.array([len(x) for x in values], float)
     sums = np.array([sum(x) for x in values], float)

@@ -29,11 +29,13 @@ def results(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def percent(mean: float | None, stderr: float | None) -> str:
-    """A share with its standard error, in per cent."""
+def percent(mean: float | None, stderr: float | None = None, share: bool = True) -> str:
+    """A share with its standard error, in per cent; any other number as it is, in points."""
     if mean is None:
         return "-"
-    return f"{100 * mean:.1f}" + ("" if stderr is None else f" +- {100 * stderr:.1f}")
+    scale, digits, unit = (100, 1, "") if share else (1, 2, " points")
+    error = "" if stderr is None else f" +- {scale * stderr:.{digits}f}"
+    return f"{scale * mean:.{digits}f}{error}{unit}"
 
 
 def markdown(columns, rows) -> str:

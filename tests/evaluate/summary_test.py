@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from llada_jax.evaluate.summary import judge_all, pass_at_k, summarise
+from llada_jax.evaluate.table import percent
 from llada_jax.tasks import Task
 
 
@@ -50,8 +51,18 @@ def test_lists_count_alike_and_questions_are_clusters():
     sums, counts = np.array([2, 0, 1]), np.array([3, 1, 2])
     mean = 3 / 6
     error = np.sqrt(((sums - mean * counts) ** 2).sum() * 3 / 2) / 6
-    assert found["metrics"]["parts"] == {"mean": mean, "stderr": pytest.approx(error)}
+    expected = {"mean": mean, "stderr": pytest.approx(error), "share": True}
+    assert found["metrics"]["parts"] == expected
     assert found["mean"] == 1.0 and found["verdicts"] == dict.fromkeys("012", 1.0)
+
+
+def test_only_a_share_is_shown_in_per_cent():
+    found = summarise(
+        {k: [{"reward": r, "whole": 1.0}] for k, r in zip("ab", (0.5, -3.0), strict=True)}
+    )
+    assert "share" not in found  # one for each number
+    shown = {name: percent(**value) for name, value in found["metrics"].items()}
+    assert shown == {"reward": "-1.25 +- 1.75 points", "whole": "100.0 +- 0.0"}
 
 
 def test_programs_are_judged_beside_each_other_in_order():
