@@ -8,16 +8,13 @@ python -m llada_jax.sampling --model=DIR --prompts=jsonl:prompts.jsonl --out=res
 import argparse
 import contextlib
 import dataclasses
-import itertools
 import json
 import os
 import pathlib
 import sys
-import textwrap
 import time
 
 import jax
-import numpy as np
 
 from llada_jax import cli, metrics
 from llada_jax.checkpoints import loading
@@ -26,9 +23,8 @@ from llada_jax.data.templates import encode_prompt
 from llada_jax.files import is_remote, write_whole
 from llada_jax.parallel import agree, hosts
 from llada_jax.parallel import mesh as mesh_lib
-from llada_jax.sampling import picture
+from llada_jax.sampling import picture, replay
 from llada_jax.sampling.flags import add_flags, settings_of
-from llada_jax.sampling.responses import trim
 from llada_jax.sampling.texts import respond_in_words
 
 TEMPLATES = ("chat", "plain", "raw")
@@ -113,13 +109,21 @@ def main(args: argparse.Namespace):
             stack.enter_context(progress)
         write = _Writer(args.out, prompts, lines, about, progress)
         for response, text in found:
-            if not hosts.is_first():
-                continue
             index = missing[response.index]
-            write(index, text, response.passes)
+            if hosts.is_first():
+                write(index, text, response.passes)
             if render and index == missing[0]:
-                words = _picture(render, response, tokenizer, special, prompts[index])
-                write_whole(args.picture, words)
+                pictured = replay.with_confidence(  # all hosts compute it
+                    logits_fn,
+                    ids[response.index],
+                    response,
+                    remasking=args.remasking,
+                    mask_id=special["mask_id"],
+                )
+                ends = special["eos_id"], special["eot_id"]
+                content = picture.of_response(render, pictured, tokenizer, prompts[index], *ends)
+                if hosts.is_first():
+                    write_whole(args.picture, content)
         if hosts.is_first():
             write.close()
     agree.meet()  # a host that ends early would take the first one with it, which still writes
@@ -227,28 +231,6 @@ def _append(out: str, lines: list[dict]):
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as f:
         f.writelines(json.dumps(line) + "\n" for line in lines)
-
-
-def _picture(render, response, tokenizer, special: dict, prompt) -> str | bytes:
-    """The picture of a response, up to its EOS or EoT."""
-    ids = trim(response.tokens, special["eos_id"], special["eot_id"])
-    # A token alone may be no text, so each gets what it adds to the text before it.
-    texts = [tokenizer.decode(ids[:k]) for k in range(len(ids) + 1)]
-    words = [after[_shared(before, after) :] for before, after in itertools.pairwise(texts)]
-    steps, confidence, revocations = (
-        x[: len(ids)] for x in (response.steps, response.confidence, response.revocations)
-    )
-    # A confidence below 0 is minus an entropy, whose exp is between 0 and 1.
-    confidence = np.where(confidence < 0, np.exp(confidence), confidence)
-    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    title = textwrap.shorten(text, 80, placeholder=" ...")
-    return render(words, steps, confidence, revocations, title=title)
-
-
-def _shared(one: str, other: str) -> int:
-    """The number of characters with which both texts begin."""
-    pairs = zip(one, other, strict=False)
-    return next((k for k, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 if __name__ == "__main__":

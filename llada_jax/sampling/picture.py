@@ -9,11 +9,15 @@ import functools
 import html
 import importlib.util
 import io
+import itertools
 import json
 import pathlib
+import textwrap
 from collections.abc import Callable, Sequence
 
 import numpy as np
+
+from llada_jax.sampling.responses import Response, trim
 
 # Plain JavaScript and no other file, so that the page works without a network.
 _PAGE = """<!doctype html>
@@ -94,6 +98,38 @@ def renderer(path: str) -> Callable[..., str | bytes]:
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError("pictures need matplotlib: pip install 'llada_jax[plot]', or use .html")
     return functools.partial(draw, kind=kind)
+
+
+def of_response(
+    render: Callable[..., str | bytes],
+    response: Response,
+    tokenizer,
+    prompt: str | Sequence[dict],
+    eos_id: int | None,
+    eot_id: int | None,
+) -> str | bytes:
+    """The picture of a response up to its EOS or EoT, by `animate` or `draw`; titled by its prompt.
+
+    `tokenizer` has decode(ids) -> text.
+    """
+    ids = trim(response.tokens, eos_id, eot_id)
+    # A token alone may be no text, so each gets what it adds to the text before it.
+    texts = [tokenizer.decode(ids[:k]) for k in range(len(ids) + 1)]
+    words = [after[_shared(before, after) :] for before, after in itertools.pairwise(texts)]
+    steps, confidence, revocations = (
+        x[: len(ids)] for x in (response.steps, response.confidence, response.revocations)
+    )
+    # A confidence below 0 is minus an entropy, whose exp is between 0 and 1.
+    confidence = np.where(confidence < 0, np.exp(confidence), confidence)
+    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    title = textwrap.shorten(text, 80, placeholder=" ...")
+    return render(words, steps, confidence, revocations, title=title)
+
+
+def _shared(one: str, other: str) -> int:
+    """The number of characters with which both texts begin."""
+    pairs = zip(one, other, strict=False)
+    return next((k for k, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def animate(

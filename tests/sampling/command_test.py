@@ -6,13 +6,15 @@ import re
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from helpers import ROOT
 
-from llada_jax import cli
+from llada_jax import cli, sampling
+from llada_jax.checkpoints import loading
 from llada_jax.sampling import __main__ as command
-from llada_jax.sampling import picture
+from llada_jax.sampling import picture, replay
 
 PUZZLES = ["0010020000400300", "0001040240003010", "4000010000200003"]
 FLAGS = [
@@ -141,3 +143,35 @@ def test_what_cannot_be_done_is_one_line(flags, message, capsys):
         run(*flags)
     said = capsys.readouterr().err
     assert ended.value.code == 1 and said.count("\n") == 1 and message in said
+
+
+def test_probabilities_are_what_the_sampler_saw():
+    """Truth: the confidence that the sampler records, which is the probability of the token."""
+    logits_fn, config, words = loading.open_model(f"{ROOT}/llada_jax/assets/sudoku", "float32")
+    prompt = [words.bos_id, *words.encode(PUZZLES[0])]
+    given = {"mask_id": config.mask_token_id}
+    for remasking, temperature in (("low_confidence", 1.0), ("random", 1.0)):
+        settings = {"remasking": remasking, "temperature": temperature, "steps": 8}
+        response = next(
+            sampling.respond(
+                logits_fn,
+                [prompt],
+                gen_length=16,
+                block_length=8,
+                pad_id=words.eos_id,
+                batch_size=1,
+                key=jax.random.key(0),
+                **given,
+                **settings,
+            )
+        )
+        found = replay.probabilities(logits_fn, prompt, response, **given)
+        kept = replay.with_confidence(logits_fn, prompt, response, remasking=remasking, **given)
+        if remasking == "random":
+            np.testing.assert_array_equal(kept.confidence, found)
+            assert np.abs(found - response.confidence).max() > 0.1
+        else:
+            assert kept is response
+            np.testing.assert_allclose(found, response.confidence, atol=1e-5)
+    response.steps[3] = -1
+    assert np.isnan(replay.probabilities(logits_fn, prompt, response, **given)[3])
