@@ -54,7 +54,7 @@ setup(
         "jaxtyping>=0.3.9",
         "tensorboardX>=2.6.4",
         "tqdm>=4.67",
-        "rich>=13.9",  # only `python -m llada_jax.chat` imports it; flax requires it anyway
+        "rich>=13.9",  # colours in a terminal; flax requires it anyway
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],

@@ -159,7 +159,9 @@ def read_config(argv: list[str]) -> Any:
         if not wrong:
             raise
         path, value = wrong.groups()
-        kind = type(operator.attrgetter(path)(config)).__name__
+        section, _, name = path.rpartition(".")
+        holder = operator.attrgetter(section)(config) if section else config
+        kind = holder.get_type(name).__name__
         raise ValueError(f"config.{path}={value} is not of type {kind}") from error
 
 

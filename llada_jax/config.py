@@ -16,11 +16,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 
 def key(
-    default: Any, *, given: bool = False, changes_result: bool = True, argument: bool = False
+    default: Any,
+    *,
+    given: bool = False,
+    changes_result: bool = True,
+    argument: bool = False,
+    comment: str = "",
 ) -> Any:
     """A field of a settings dataclass that is not an ordinary key.
 
@@ -29,9 +34,10 @@ def key(
         resumes.
     argument: compiled programs take the number as an argument. Two runs that differ in it share one
         program.
+    comment: the comment of a field that has no line in any source (`dataclasses.make_dataclass`).
     """
     metadata = {"given": given, "changes_result": changes_result, "argument": argument}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata | {"comment": comment})
 
 
 def section(*classes: type, **changes: Any) -> ConfigDict:
@@ -44,10 +50,12 @@ def section(*classes: type, **changes: Any) -> ConfigDict:
     """
     values = {}
     for cls in classes:
-        for name, default in _keys(cls):
+        for name, default, hint in _keys(cls):
             if name in values:
                 raise TypeError(f"two settings of one section have a key {name}")
-            values[name] = default
+            # A flag takes the type of its value from the placeholder.
+            unset = config_dict.placeholder(typing.get_args(hint)[0]) if default is None else None
+            values[name] = default if unset is None else unset
     unknown = changes.keys() - values.keys()
     if unknown:
         raise TypeError(f"{', '.join(sorted(unknown))}: no key of {[c.__name__ for c in classes]}")
@@ -133,7 +141,11 @@ def keys(*classes: type) -> Iterator[tuple[str, Any, str]]:
         for owner in _nested(cls):
             for parent in reversed(owner.__mro__):
                 comments |= _comments(parent)
-        for name, default in _keys(cls):
+            told = {
+                field.name: field.metadata.get("comment") for field in dataclasses.fields(owner)
+            }
+            comments |= {name: comment for name, comment in told.items() if comment}
+        for name, default, _ in _keys(cls):
             yield name, default, comments.get(name, "")
 
 
@@ -144,8 +156,12 @@ def _nested(cls: type) -> Iterator[type]:
             yield from _nested(type(field.default))
 
 
-def _keys(cls: type, instance: Any = None) -> Iterator[tuple[str, Any]]:
-    """Yields (name, default) of each key; the keys of a nested class stand in its field's place."""
+def _keys(cls: type, instance: Any = None) -> Iterator[tuple[str, Any, Any]]:
+    """Yields (name, default, type) of each key; those of a nested class are in its field's place.
+
+    The type of a key whose default is None is `T | None`.
+    """
+    hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         default = field.default if instance is None else getattr(instance, field.name)
         if field.metadata.get("given"):
@@ -153,9 +169,9 @@ def _keys(cls: type, instance: Any = None) -> Iterator[tuple[str, Any]]:
         if dataclasses.is_dataclass(default):
             yield from _keys(type(default), default)
         elif default is dataclasses.MISSING:
-            yield field.name, field.default_factory()  # type: ignore[operator]
+            yield field.name, field.default_factory(), hints[field.name]  # type: ignore[operator]
         else:
-            yield field.name, default
+            yield field.name, default, hints[field.name]
 
 
 def _build(cls: type, instance: Any, section: ConfigDict, given: dict[str, Any]) -> Any:
@@ -184,7 +200,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     if float in allowed and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) not in allowed:
-        wanted = " or ".join(t.__name__ for t in allowed)
+        wanted = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
         raise ValueError(f"{name}={value!r} is {type(value).__name__}, not {wanted}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name}={value} is no finite number")

@@ -45,6 +45,19 @@ def test_a_section_has_the_fields_side_by_side():
     assert isinstance(built.inner.rate, float) and isinstance(built.table, dict)
 
 
+def test_a_key_without_a_value_takes_one_of_its_type():
+    comment = config.key(None, comment="from elsewhere")
+    made = dataclasses.make_dataclass("Made", [("most", int | None, comment)], frozen=True)
+    section = config.section(made)
+    assert section.most is None and section.get_type("most") is int
+    assert config.build(made, section, "").most is None
+    section.most = 3
+    assert config.build(made, section, "").most == 3
+    with pytest.raises(TypeError):
+        section.most = "3"
+    assert list(config.keys(made)) == [("most", None, "from elsewhere")]
+
+
 def test_comments_are_those_of_the_source():
     comments = {name: comment for name, _, comment in config.keys(Outer)}
     assert comments["name"] == "a name of two lines" and comments["chunk"] == "moves memory"

@@ -8,7 +8,15 @@ from jaxtyping import Array, Int, Key
 FORMAT = 2
 
 # One number for each purpose, so that no two purposes share random bits.
-STREAMS = {"policy": 0, "reference": 1, "evaluate": 2, "crop": 3, "init": 4}
+STREAMS = {
+    "policy": 0,
+    "reference": 1,
+    "evaluate": 2,
+    "crop": 3,
+    "init": 4,
+    "solve": 5,
+    "divergence": 6,
+}
 
 
 def stream_key(seed: int | Int[Array, ""], stream: str) -> Key[Array, ""]:

@@ -1,7 +1,7 @@
 """How a model writes: one compiled sampler, and responses to prompts of any lengths."""
 
 from llada_jax.sampling.cache import CACHES, Cache, Windows
-from llada_jax.sampling.flags import add_flags, settings_of
+from llada_jax.sampling.flags import FLAGS, add_flags, settings_of
 from llada_jax.sampling.growth import Growth
 from llada_jax.sampling.responses import (
     Response,
@@ -21,6 +21,7 @@ __all__ = [
     "CACHES",
     "COMMITS",
     "CONFIDENCES",
+    "FLAGS",
     "REVOKES",
     "Cache",
     "Commit",

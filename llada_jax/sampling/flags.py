@@ -22,7 +22,7 @@ FLAGS: dict[str, tuple[Any, str]] = {
     "logits_eos_inf": (bool, "never sample EOS"),
     "remasking": (CONFIDENCES, "the confidence"),
     "confidence_eos_eot_inf": (bool, "commit EOS and EoT last"),
-    "commit": (COMMITS, "which predictions become tokens; all but the schedule ignore --steps"),
+    "commit": (COMMITS, "which predictions become tokens; all but the schedule ignore steps"),
     "threshold": (float, "the least confidence of a commit rule that has one"),
     "factor": (float, 'of commit "factor": higher commits more'),
     "entropy_budget": (float, 'of commit "entropy": nats; higher commits more'),

@@ -1,22 +1,25 @@
 """The evaluation of a run: held-out metrics, and responses that a scorer judges."""
 
+import contextlib
+import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from llada_jax import config, tasks
-from llada_jax.evaluate import heldout, responses
+from llada_jax import config, noise, tasks
+from llada_jax.evaluate import divergence, heldout, responses
+from llada_jax.files import write_whole
+from llada_jax.parallel import hosts
 from llada_jax.parallel import mesh as mesh_lib
 from llada_jax.parallel.split import Parallel
 from llada_jax.parallel.stop import Stop
+from llada_jax.sampling import picture, replay
 from llada_jax.train.experiment import Experiment
 from llada_jax.train.reference import Policy
+from llada_jax.train.result import PICTURES
 from llada_jax.variance.heldout import score_variance
-
-SOLVE_RATE = "solve/rate"
 
 
 class Evaluation:
@@ -24,6 +27,7 @@ class Evaluation:
 
     def __init__(self, plan: Experiment, reference: Policy, stop: Stop):
         self._plan, self._reference, self._stop = plan, reference, stop
+        self._task = tasks.find(plan.solve.scorer) if plan.prompts else None
         self._metrics = _jit_metrics(
             heldout.heldout_metrics,
             plan.parallel,
@@ -38,14 +42,19 @@ class Evaluation:
                 score_variance, plan.parallel, settings, model=plan.model, repeats=repeats
             )
 
-    def run(self, params) -> dict[str, float | int]:
-        """Returns the metrics of these parameters. Raises Stopped if a signal asks to stop."""
-        found = {}
+    def run(self, params, step: int) -> tuple[dict[str, float | int], list[dict]]:
+        """Returns the metrics of these parameters, and the examples that people are shown.
+
+        At the last step it also draws the un-masking of the first example. Raises Stopped if a
+        signal asks to stop.
+        """
+        found, examples = {}, []
         if self._plan.heldout is not None:
             found |= self._heldout(params)
         if self._plan.prompts:
-            found |= self._solve(params)
-        return found
+            solved, examples = self._solve(params, step == self._plan.num_steps)
+            found |= solved
+        return found, examples
 
     def _heldout(self, params) -> dict[str, float | int]:
         plan = self._plan
@@ -69,24 +78,102 @@ class Evaluation:
         )
         return heldout.over_batches(metrics_of, batches)
 
-    def _solve(self, params) -> dict[str, float | int]:
+    def _solve(self, params, last: bool) -> tuple[dict[str, float | int], list[dict]]:
         plan, tokenizer = self._plan, self._plan.tokenizer
-        return responses.solve_rate(
-            jax.tree_util.Partial(plan.model.apply, {"params": params}),
-            tasks.find(plan.solve.scorer),
+        policy = self._logits_fn(params)
+        sampler = dataclasses.asdict(plan.solve.sampler)
+        solved = responses.solve(
+            policy,
+            self._task,
             plan.prompts,
             tokenizer,
             template=plan.data.packing.template,
             batch_size=plan.solve.batch_size,
             progress=lambda done, count: self._stop.check(),
-            gen_length=plan.solve.gen_length,
-            steps=plan.solve.steps,
-            block_length=plan.solve.block_length,
+            # The same key at each evaluation: a prompt has the same draws before and after.
+            key=noise.stream_key(plan.seed, "solve"),
             mask_id=plan.model.config.mask_token_id,
             pad_id=tokenizer.eos_id,
             eos_id=tokenizer.eos_id,
             eot_id=tokenizer.eot_id,
+            **sampler,
         )
+        found = solved.metrics
+        if plan.solve.kl_draws:
+            found |= self._divergence(policy, solved)
+        if plan.solve.show and last:
+            self._draw(policy, solved)
+        return found, self._examples(solved)
+
+    def _logits_fn(self, params) -> jax.tree_util.Partial:
+        return jax.tree_util.Partial(self._plan.model.apply, {"params": params})
+
+    def _divergence(self, policy, solved: responses.Solved) -> dict[str, float]:
+        plan = self._plan
+        answers = [
+            divergence.answer_ids(
+                response.tokens,
+                eos_id=plan.tokenizer.eos_id,
+                append_eos=plan.data.packing.append_eos,
+                multiple=plan.data.packing.answer_multiple,
+                room=plan.scored_length - len(prompt),
+            )
+            for prompt, response in zip(solved.prompts, solved.responses, strict=True)
+        ]
+        return divergence.kl_from_reference(
+            noise.stream_key(plan.seed, "divergence"),
+            policy,
+            self._logits_fn(self._reference.frozen),
+            solved.prompts,
+            answers,
+            draws=plan.solve.kl_draws,
+            mask_id=plan.model.config.mask_token_id,
+            batch_size=plan.solve.batch_size,
+            row_length=plan.scored_length,
+            progress=self._stop.check,
+        )
+
+    def _examples(self, solved: responses.Solved) -> list[dict]:
+        """The first responses, as JSON: the prompt, the pieces of the response, and its score."""
+        plan = self._plan
+        # A named number that is 0 or 1 for every response is a verdict.
+        verdicts = {
+            name
+            for name in solved.verdicts[0]
+            if name != "score" and all(v[name] in (0, 1) for v in solved.verdicts)
+        }
+        shown = list(zip(plan.prompts, solved.texts, solved.verdicts, strict=True))
+        return [
+            {
+                "prompt": _text_of(question.prompt),
+                "pieces": self._task.shaded(question.record, text),
+                "score": ", ".join(_said(*item, verdicts) for item in verdict.items()),
+            }
+            for question, text, verdict in shown[: plan.solve.show]
+        ]
+
+    def _draw(self, policy, solved: responses.Solved):
+        plan = self._plan
+        response = replay.with_confidence(
+            policy,
+            solved.prompts[0],
+            solved.responses[0],
+            remasking=plan.solve.sampler.remasking,
+            mask_id=plan.model.config.mask_token_id,
+        )
+        if not hosts.is_first():
+            return
+        for name in PICTURES:
+            with contextlib.suppress(ImportError):  # a PNG needs matplotlib
+                content = picture.of_response(
+                    picture.renderer(name),
+                    response,
+                    plan.tokenizer,
+                    plan.prompts[0].prompt,
+                    plan.tokenizer.eos_id,
+                    plan.tokenizer.eot_id,
+                )
+                write_whole(plan.workdir / name, content)
 
 
 @functools.lru_cache(maxsize=32)
@@ -109,32 +196,11 @@ def _jit_metrics(function: Callable, parallel: Parallel, settings: Any, **kwargs
     )
 
 
-def shown(plan: Experiment, found: dict[str, float | int]) -> str:
-    """Returns the main metrics of an evaluation in one line."""
-    return ", ".join(f"{name} {_cell(found, name)}" for name in _names(plan) if name in found)
+def _said(name: str, value, verdicts: set[str]) -> str:
+    if name in verdicts:
+        return name if value else f"not {name}"
+    return f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
 
 
-def print_result(plan: Experiment, history: list[dict]):
-    """Prints the final table: every held-out metric before and after, with standard errors."""
-    print(f"done: {plan.num_steps} steps, {plan.workdir}")
-    before, after = history[0], history[-1]
-    names = [name for name in _names(plan) if name in before and name in after]
-    if not names:
-        return
-    first, last = (f"step {at['step']}" for at in (before, after))
-    print(f"{'held out':<22}{first:>20}{last:>20}")
-    for name in names:
-        print(f"{name:<22}{_cell(before, name):>20}{_cell(after, name):>20}")
-    # A score that is no share has no share of errors.
-    if SOLVE_RATE in names and 0 <= before[SOLVE_RATE] < 1 and 0 <= after[SOLVE_RATE] <= 1:
-        removed = (after[SOLVE_RATE] - before[SOLVE_RATE]) / (1 - before[SOLVE_RATE])
-        count = after["solve/count"]
-        print(f"{count} held-out prompts; share of the errors removed: {removed:.1%}")
-
-
-def _names(plan: Experiment) -> tuple[str, ...]:
-    return (SOLVE_RATE, *plan.objective.heldout)
-
-
-def _cell(found: dict[str, float | int], name: str) -> str:
-    return f"{found[name]:.4f} +- {found.get(f'{name}_stderr', math.nan):.4f}"
+def _text_of(prompt: str | list[dict]) -> str:
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]

@@ -59,6 +59,7 @@ class Experiment:
     rows: Rows | None  # None only in a dry run
     heldout: Rows | None  # None: nothing is held out
     prompts: list[Question] | None  # answered at each evaluation; None: none
+    scored_length: int  # of the rows that hold a prompt and its answer for `Solve.kl_draws`
 
     @property
     def mesh(self) -> Mesh:
@@ -169,7 +170,7 @@ def make_plan(
     tokenizer = _tokenizer(s)
     model = _model(s, mesh, tokenizer)
     rows = heldout = prompts = None
-    sampled_length = 0
+    sampled_length = scored_length = 0
     if s.data.train and tokenizer:
         cache_dir = epath.Path(s.data.cache_dir or workdir / "data").expanduser()
         rows, heldout = agree.once_per_disk(
@@ -181,7 +182,7 @@ def make_plan(
             "config.data.train is not set: pass --config.data.train=jsonl:FILE (or tfds:, python:)"
         )
     if s.solve.prompts:
-        prompts, sampled_length = _prompts(s, tokenizer, model.config)
+        prompts, sampled_length, scored_length = _prompts(s, tokenizer, model.config)
         if not dry_run:
             agree.check_same("what solve.prompts holds", repr(prompts))
     plan = Experiment(
@@ -203,8 +204,9 @@ def make_plan(
         rows=rows,
         heldout=heldout,
         prompts=prompts,
+        scored_length=scored_length,
     )
-    for length in (0, sampled_length):
+    for length in (0, sampled_length, scored_length if s.solve.kl_draws else 0):
         plan.attention(length)  # raises an error now if the named implementation cannot do it
     if plan.num_steps:
         _ = plan.schedule  # raises an error now if the warm-up is too long
@@ -359,25 +361,30 @@ def _naming(key: str):
         raise kind(f"{key}: {error}") from error
 
 
-def _prompts(s: Settings, tokenizer, config: Any) -> tuple[list[Question], int]:
-    """Returns (questions, length of the rows that the sampler uses for them).
+def _prompts(s: Settings, tokenizer, config: Any) -> tuple[list[Question], int, int]:
+    """Returns (questions, length of the sampler's rows, length of the rows that are scored).
 
-    The length is 0 without a tokenizer. Raises ValueError if there are no records, or if a prompt
+    The lengths are 0 without a tokenizer. Raises ValueError if there are no records, or if a prompt
     and its response are longer than the model allows.
     """
-    template, gen_length = s.data.packing.template, s.solve.gen_length
+    packing, gen_length = s.data.packing, s.solve.sampler.gen_length
+    template = packing.template
     with _naming("config.solve.scorer"):
         task = tasks.find(s.solve.scorer)
     with _naming("config.solve.prompts"):
         questions = read_questions(task, s.solve.prompts, template, limit=s.solve.limit)
     if not tokenizer:
-        return questions, 0
+        return questions, 0, 0
     with _naming("config.solve"):
         prompts = encode(
             tokenizer, task, questions, template, gen_length, config.max_sequence_length
         )
     lengths = [len(ids) for ids in prompts]
-    return questions, sampling.prompt_width(lengths) + gen_length
+    # The answers are padded as in training, but not past the row.
+    longest = max(lengths)
+    padded = longest + gen_length + -gen_length % packing.answer_multiple
+    scored = min(padded, max(packing.row_length, longest + gen_length))
+    return questions, sampling.prompt_width(lengths) + gen_length, scored
 
 
 def with_synthetic_rows(plan: Experiment) -> Experiment:

@@ -14,7 +14,7 @@ from llada_jax.checkpoints.orbax import Checkpoints
 from llada_jax.files import write_whole
 from llada_jax.parallel import hosts
 from llada_jax.parallel.stop import Stop, Stopped
-from llada_jax.train import evaluation, identity
+from llada_jax.train import identity, result
 from llada_jax.train import state as state_lib
 from llada_jax.train.evaluation import Evaluation
 from llada_jax.train.experiment import Experiment
@@ -51,7 +51,7 @@ def train(
             run = Run(plan, saved, handlers, watch)
             status = run.to_the_end()
         if table and not status and hosts.is_first():
-            evaluation.print_result(plan, run.history)
+            result.print_result(plan, run.history)
         return status
     except Stopped:  # raised before the first update, so there is nothing new to save
         hosts.say(
@@ -189,11 +189,12 @@ class Run:
 
     def evaluate(self, step: int):
         """Evaluates the current parameters and adds the result to the history."""
-        found = self.evaluation.run(self.state.params)
-        self.history.append({"step": step, **found})
+        found, examples = self.evaluation.run(self.state.params, step)
+        shown = {result.EXAMPLES: examples} if examples else {}
+        self.history.append({"step": step, **found, **shown})
         if found:
             self.write(step, {f"eval/{name}": value for name, value in found.items()})
-            hosts.say(f"evaluation at step {step}: {evaluation.shown(self.plan, found)}")
+            hosts.say(f"evaluation at step {step}: {result.one_line(self.plan, found)}")
 
     def write(self, step: int, values: dict[str, Any]):
         """Writes a line of metrics, and shows it to the caller's `watch`."""

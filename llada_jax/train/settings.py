@@ -10,14 +10,15 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from llada_jax import config
+from llada_jax import config, sampling
 from llada_jax.data.packing import Packing
 from llada_jax.models import attention
 from llada_jax.models.layers import REMAT
 from llada_jax.objectives import OBJECTIVES, Objective, Reference
 from llada_jax.objectives.objective import DTYPES
 from llada_jax.parallel import split
-from llada_jax.sampling import check_schedule
+from llada_jax.sampling import flags
+from llada_jax.sampling.settings import make
 from llada_jax.train.optim import Optimizer
 
 
@@ -127,22 +128,57 @@ class Eval:
             )
 
 
+def _sampler_key(name: str) -> tuple[str, Any, Any]:
+    """The field of a flag, as `dataclasses.make_dataclass` takes it."""
+    kind, comment = sampling.FLAGS[name]
+    default = flags.default(name)
+    if isinstance(kind, dict):
+        kind, comment = str, f"{comment}: {', '.join(kind)}"
+    return name, kind if default is not None else kind | None, config.key(default, comment=comment)
+
+
+# The keys of the sampler are its flags.
+Sampler = dataclasses.make_dataclass("Sampler", map(_sampler_key, sampling.FLAGS), frozen=True)
+
+
 @dataclasses.dataclass(frozen=True)
 class Solve:
     """Held-out prompts that the model answers at each evaluation, and the scorer of the answers."""
 
     prompts: str = ""  # source of prompts, answered at each evaluation; "": none
-    scorer: str = ""  # a task, as gsm8k, or module:function, (record, response) -> float
+    scorer: str = ""  # a task, as gsm8k, or module:function, (record, response) -> Score
     limit: int = 0  # number of prompts; 0: all
-    gen_length: int = 128  # tokens in a response
-    steps: int = 128  # denoising steps for a response
-    block_length: int = 32  # tokens in a block; blocks are filled from left to right
     batch_size: int = 50  # prompts answered at a time
+    # masks for each ELBO in the KL from the reference; 0: off; costs 2 x this many passes a prompt
+    kl_draws: int = 0
+    show: int = 0  # prompts that are printed with their responses, before and after training
+    sampler: Any = Sampler()
 
     def __post_init__(self):
-        config.at_least(self, limit=0, batch_size=1, gen_length=1, steps=1, block_length=1)
+        config.at_least(self, limit=0, batch_size=1, kl_draws=0, show=0)
+        for name in ("kl_draws", "show"):
+            if getattr(self, name) and not self.prompts:
+                raise ValueError(f"{name}={getattr(self, name)} needs prompts: set solve.prompts")
         if self.prompts:
-            check_schedule(self.steps, self.gen_length, self.block_length)
+            # The sampler's own checks. The ids are those of the model, which is not yet known.
+            make(True, mask_id=0, eos_id=1, eot_id=2, **dataclasses.asdict(self.sampler))
+        if self.kl_draws:
+            self._check_draws_of_the_policy()
+
+    def _check_draws_of_the_policy(self):
+        """Raises ValueError unless the responses are drawn from the policy itself.
+
+        Of responses from another distribution the mean of log policy / reference is no divergence.
+        """
+        policy = {"temperature": 1, "remasking": "random", "top_k": None, "top_p": None}
+        policy |= {"cfg_scale": 0, "logits_eos_inf": False, "confidence_eos_eot_inf": False}
+        for name, value in policy.items():
+            if (found := getattr(self.sampler, name)) != value:
+                raise ValueError(
+                    f"kl_draws={self.kl_draws} needs responses that are drawn from the policy, "
+                    f"which they are not with solve.{name}={found}: set it to {value}, or kl_draws "
+                    "to 0"
+                )
 
 
 SECTIONS = {
@@ -276,6 +312,15 @@ def _check_together(s: Settings, dry_run: bool):
         ):
             if wrong:
                 raise ValueError(f"{name} {why}")
+    if draws := s.solve.kl_draws:
+        name = f"config.solve.kl_draws={draws} compares the policy with its reference, "
+        if not s.objective.needs_reference:
+            raise ValueError(f"{name}and objective={s.run.objective!r} has none: set it to 0")
+        if s.reference.is_cached:
+            raise ValueError(
+                f"{name}whose parameters a cached reference releases: set "
+                f"{s.objective.section}.reference='model', or kl_draws to 0"
+            )
     if s.objective.needs_reference and not s.run.init_from and not (dry_run and s.model.arch):
         raise ValueError(
             f"config.init_from is not set: {s.run.objective} starts from a trained model, pass "

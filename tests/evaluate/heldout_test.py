@@ -284,7 +284,7 @@ def solve(scorer, prompts=("1234", "4321", "2222", "0110", "3003"), logits_fn=co
         Question(str(i), f"file:{i}", {"number": i, "prompt": p}, p)
         for i, p in enumerate(prompts, 1)
     ]
-    return responses.solve_rate(
+    found = responses.solve(
         logits_fn,
         Task(fields={}, score=scorer, settings={}),
         questions,
@@ -298,9 +298,10 @@ def solve(scorer, prompts=("1234", "4321", "2222", "0110", "3003"), logits_fn=co
         steps=4,
         block_length=4,
     )
+    return found.metrics
 
 
-def test_solve_rate_of_a_model_that_is_right_and_of_one_that_is_wrong():
+def test_the_solve_rate_of_a_model_that_is_right_and_of_one_that_is_wrong():
     def is_copy(record, response):
         return float(response == record["prompt"])
 
@@ -309,7 +310,7 @@ def test_solve_rate_of_a_model_that_is_right_and_of_one_that_is_wrong():
     assert wrong == {"solve/rate": 0.0, "solve/rate_stderr": 0.0, "solve/count": 5}
 
 
-def test_solve_rate_averages_scores_and_cuts_at_eos():
+def test_the_solve_rate_averages_scores_and_cuts_at_eos():
     scores = np.array([0.5, 1.0, 1.5, 2.0, 2.5])
     found = solve(lambda record, response: record["number"] / 2)
     assert found["solve/rate"] == pytest.approx(scores.mean())
@@ -319,6 +320,17 @@ def test_solve_rate_averages_scores_and_cuts_at_eos():
     ends = lambda tokens, mask: copying(tokens, mask).at[:, 7].set(jax.nn.one_hot(6, 8))
     solve(lambda record, response: seen.append(response) or 1, logits_fn=ends)
     assert seen == ["12", "43", "22", "01", "30"]
+
+
+def test_the_numbers_of_a_scorer_keep_their_names():
+    numbers = np.arange(1, 6)
+    found = solve(lambda record, _: {"b": record["number"], "a": [0.0] * record["number"]})
+    assert list(found) == ["solve/b", "solve/b_stderr", "solve/a", "solve/a_stderr", "solve/count"]
+    assert found["solve/b"] == numbers.mean() and found["solve/a"] == 0
+    assert found["solve/b_stderr"] == pytest.approx(numbers.std(ddof=1) / 5**0.5)
+    for name in ("kl", "count"):
+        with pytest.raises(ValueError, match=f"'{name}' would be solve/{name}: give it another"):
+            solve(lambda record, response, name=name: {"a": 1.0, name: 2.0})
 
 
 def test_a_failing_scorer_is_named_with_its_record():

@@ -171,7 +171,7 @@ def test_refusals(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("cache", ["none", "dual"])
 def test_a_point_is_what_the_sampler_and_the_scorer_say(cache):
-    """Truth: `generate` in one batch, and `solve_rate`."""
+    """Truth: `generate` in one batch, and `solve`."""
     logits_fn, config, words = loading.open_model(SUDOKU, "float32")  # the file is bfloat16
     special = loading.special_ids(config, words)
     source = "python:llada_jax.tasks.sudoku:records?count=40&seed=1&split=heldout"
@@ -191,7 +191,7 @@ def test_a_point_is_what_the_sampler_and_the_scorer_say(cache):
     if cache == "none":  # with a cache a row waits for others, which batches change
         assert found["passes"] == int(written.row_passes.sum())
         assert found["tokens_per_pass"] == 40 * 16 / found["passes"]
-    rate = responses.solve_rate(
+    solved = responses.solve(
         logits_fn,
         sudoku.TASK,
         questions,
@@ -201,5 +201,6 @@ def test_a_point_is_what_the_sampler_and_the_scorer_say(cache):
         **special,
         **point.settings,
     )
+    rate = solved.metrics
     assert rate["solve/rate"] == pytest.approx(found["accuracy"])
     assert rate["solve/rate_stderr"] == pytest.approx(found["accuracy_stderr"])

@@ -12,14 +12,16 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import ROOT, config_of
 from jax.experimental.compilation_cache import compilation_cache
+from jax.tree_util import Partial
 
 import llada_jax
 from configs import base, sft_8b, vrpo_8b
-from llada_jax import metrics
+from llada_jax import elbo, metrics, noise, sampling, tokenizer
 from llada_jax.checkpoints import loading
 from llada_jax.checkpoints.orbax import Checkpoints
 from llada_jax.evaluate import heldout
@@ -28,10 +30,10 @@ from llada_jax.train import (
     STOPPED,
     Experiment,
     describe,
-    evaluation,
     loop,
     make_plan,
     reference_cache,
+    result,
     train,
 )
 from llada_jax.train.reference_cache import ReferenceCache
@@ -431,7 +433,7 @@ def test_a_run_that_is_stopped_in_every_way_takes_the_same_steps(
     printed = capsys.readouterr().out
     assert (
         f"continuing from step {NUM_STEPS} of {NUM_STEPS}" in printed
-        and f"step {NUM_STEPS}\n" in printed
+        and f"after (step {NUM_STEPS})\n" in printed
     )
     assert without_rates(tmp_path) == without_rates(sft)  # to the last bit, the evaluations too
     assert_same_params(tmp_path, sft)
@@ -466,7 +468,7 @@ def test_a_finished_run_only_prints_its_result(sft, monkeypatch, capsys):
 
 def test_a_resumed_run_goes_on_where_the_data_stood(sft, monkeypatch):
     started = []
-    monkeypatch.setattr(evaluation, "print_result", lambda *args: None)
+    monkeypatch.setattr(result, "print_result", lambda *args: None)
     batches = Experiment.batches
 
     def noting(self, rows, *, start=0, **settings):
@@ -666,6 +668,75 @@ def test_dry_run_with_data_counts_it(tmp_path):
     assert per_epoch.num_steps == 3 * len(per_epoch.rows) // 8
 
 
+@pytest.mark.slow
+def test_the_divergence_and_the_examples_of_a_run(vrpo, sft, tmp_path, monkeypatch, capsys):
+    """Truth: the exact ELBOs of the responses that the parameters of the checkpoint write."""
+    changes = vrpo | {
+        "solve.prompts": SFT["solve.prompts"],
+        "solve.gen_length": 4,
+        "solve.steps": 4,
+        "solve.block_length": 4,
+        "solve.temperature": 1.0,
+        "solve.remasking": "random",
+        "solve.kl_draws": 63,  # as many as an answer of 6 tokens has subsets
+        "solve.show": 2,
+        "data.append_eos": True,
+        "data.answer_multiple": 3,
+        "data.holdout": 0.0,
+        "num_steps": 2,
+        "optimizer.peak": 0.05,
+        "mesh.fsdp": 2,
+    }
+    assert run(changes, tmp_path) == 0
+    printed = capsys.readouterr().out
+    before, after = (x for x in lines(tmp_path) if "eval/solve/kl" in x)
+    assert before["eval/solve/kl"] == 0 == before["eval/solve/kl_stderr"]
+
+    model, policy = llada_jax.load(tmp_path)
+    _, reference = llada_jax.load(sft)
+    config = model.config
+    tokens = tokenizer.load(str(TOKENIZER))
+    prompts = [
+        [tokens.bos_id, *tokens.encode(r["prompt"])] for r in sudoku.records(4, split="heldout")
+    ]
+    policy, reference = (Partial(model.apply, {"params": p}) for p in (policy, reference))
+    sampler = dict(gen_length=4, steps=4, block_length=4, temperature=1.0, remasking="random")
+    found = sampling.sample_responses(
+        policy,
+        prompts,
+        key=noise.stream_key(0, "solve"),
+        mask_id=config.mask_token_id,
+        pad_id=tokens.eos_id,
+        batch_size=4,
+        **sampler,
+    )
+    ratios = []
+    for prompt, response in zip(prompts, found.tolist(), strict=True):
+        end = response.index(tokens.eos_id) + 1 if tokens.eos_id in response else len(response)
+        answer = response[:end] + [tokens.eos_id] * (-end % 3)
+        row = jnp.array([[*prompt, *answer]])
+        is_answer = jnp.arange(row.shape[1])[None] >= len(prompt)
+        exact = (
+            elbo.exact_elbo(logits_fn, row, is_answer, mask_id=config.mask_token_id)
+            for logits_fn in (policy, reference)
+        )
+        ratios.append(float(next(exact)[0] - next(exact)[0]))
+    assert after["eval/solve/kl"] == pytest.approx(np.mean(ratios), abs=1e-4)
+    assert after["eval/solve/kl_stderr"] == pytest.approx(np.std(ratios, ddof=1) / 2, abs=1e-4)
+    assert abs(np.mean(ratios)) > 0.01
+
+    table, *examples = printed.partition("done: 2 steps")[2].split("\n\n")
+    assert "answers to 4 prompts" in table and "KL from reference (nats)" in table
+    texts = [tokens.decode(sampling.trim(row, tokens.eos_id)) for row in found[:2]]
+    for example, prompt, text in zip(examples, prompts, texts, strict=False):
+        assert example.splitlines()[0] == tokens.decode(prompt[1:])
+        assert example.splitlines()[-2:] == ["  after: score 0", f"    {text}".rstrip()]
+    assert examples[-1].endswith("unmasking.png\n") and (tmp_path / "unmasking.html").exists()
+    monkeypatch.setattr(loop, "jit_update", lambda *args: None)
+    assert run(changes, tmp_path) == 0  # a finished run has kept the texts
+    assert capsys.readouterr().out.endswith(printed[printed.index("done: 2 steps") :])
+
+
 # ---- bad input
 
 
@@ -701,6 +772,7 @@ def arch(**values):
     return {"model.arch": SFT["model.arch"] | values}
 
 
+RANDOM_ORDER = {"solve.temperature": 1.0, "solve.remasking": "random", "solve.kl_draws": 4}
 BAD_SFT = [
     ({"init_from": "/nowhere/model"}, "config.init_from: /nowhere/model does not exist"),
     ({"data.train": ""}, "data.train is not set: pass --config.data.train="),
@@ -754,6 +826,18 @@ BAD_SFT = [
         "config.solve.steps=3 is not a positive multiple of the 2 blocks",
     ),
     ({"solve.batch_size": 0}, "config.solve.batch_size=0 must be at least 1"),
+    ({"solve.threshold": 0.9}, 'config.solve.threshold=0.9 has no effect with commit="schedule"'),
+    ({"solve.top_p": 0.9}, "config.solve.top_p=0.9 has no effect at temperature=0"),
+    ({"solve.prompts": "", "solve.show": 1}, "config.solve.show=1 needs prompts: set solve.prom"),
+    (RANDOM_ORDER, "config.solve.kl_draws=4 .* objective='sft' has none: set it to 0"),
+    (
+        RANDOM_ORDER | {"solve.temperature": 0.0},
+        "config.solve.kl_draws=4 .* solve.temperature=0.0: set it to 1, or kl_draws to 0",
+    ),
+    (
+        RANDOM_ORDER | {"solve.remasking": "low_confidence"},
+        "not with solve.remasking=low_confidence: set it to random",
+    ),
     (sampled_rows_beyond_the_kernel, "rows of 33 positions are no multiple of 128"),
 ]
 BAD_VRPO = [
@@ -773,6 +857,10 @@ BAD_VRPO = [
     ({"vrpo.reference_dtype": "fp8"}, "config.vrpo.reference_dtype='fp8'"),
     ({"vrpo.reference": "none"}, "config.vrpo.reference='none' is not one of model, cached"),
     ({"vrpo.kind": "kto"}, "config.vrpo.kind='kto' is not one of sigmoid, ipo, hinge, robust"),
+    (
+        RANDOM_ORDER | {"vrpo.reference": "cached", "solve.prompts": SFT["solve.prompts"]},
+        "config.solve.kl_draws=4 .* cached reference releases: set vrpo.reference='model'",
+    ),
     ({"vrpo.mc_chunk": 3}, "config.vrpo.mc_chunk=3 does not divide n_t x n_yt = 2"),
     ({"vrpo.beta": 0.0}, "config.vrpo.beta=0.0 must be above 0"),
     ({"vrpo.sft_weight": -1.0}, "config.vrpo.sft_weight=-1.0 must be at least 0"),
