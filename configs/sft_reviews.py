@@ -34,7 +34,7 @@ def get_config():
         mlp_hidden_size=256,
         vocab_size=162,
         embedding_size=162,
-        max_sequence_length=64,
+        max_sequence_length=128,
         rope_theta=100.0,
         mask_token_id=161,
         eos_token_id=160,
