@@ -19,6 +19,15 @@ def reviews(objective: str):
     c.data.template = "plain"
     c.data.answer_multiple = 26  # 25 tokens of the longest review, and EOS
     c.optimizer.b2 = 0.99
+    c.solve.prompts = "python:llada_jax.tasks.reviews:records?count=400&seed=1&split=heldout"
+    c.solve.scorer = "reviews"
+    c.solve.gen_length = 26
+    c.solve.block_length = 26
+    c.solve.steps = 26
+    c.solve.temperature = 1.0
+    c.solve.remasking = "random"  # with temperature 1: samples of the model itself
+    c.solve.batch_size = 400
+    c.solve.show = 3
     c.checkpoint.every = 100
     c.checkpoint.keep = 1
     return c
