@@ -17,9 +17,9 @@ import numpy as np
 
 from llada_jax.tasks.task import Settings, Task
 
-SPLITS = ("train", "heldout")
+SPLITS = ("train", "validation", "heldout")
 BROKEN = 6.0  # what a review that is not whole costs
-_HELDOUT_SHARE = 8  # one prompt in 8 is held out
+_SHARES = 16  # one prompt in 16 is held out, another one is for validation
 
 
 def _words(text: str) -> list[str]:
@@ -85,7 +85,7 @@ def records(count: int, seed: int = 0, split: str = "train") -> Iterator[dict[st
     """Yields `count` prompts, each with a review from the grammar: {"prompt", "response"}.
 
     The mood of a review is good or bad with equal probability. The same seed gives the same
-    records. The splits "train" and "heldout" (one prompt in eight) share no prompt, whatever the
+    records. The splits "train", "validation" and "heldout" share no prompt, whatever the
     seeds; a prompt may come again with another review.
     Raises ValueError for an invalid argument.
     """
@@ -109,8 +109,8 @@ def records(count: int, seed: int = 0, split: str = "train") -> Iterator[dict[st
 
 
 def split_of(prompt: str) -> str:
-    """Returns the split of a prompt, "train" or "heldout"."""
-    return SPLITS[zlib.crc32(prompt.encode()) % _HELDOUT_SHARE == 0]
+    """Returns the split of a prompt: "heldout" and "validation" have one in 16 each."""
+    return {0: "heldout", 8: "validation"}.get(zlib.crc32(prompt.encode()) % _SHARES, "train")
 
 
 def is_whole(prompt: str, response: str) -> bool:
