@@ -10,7 +10,7 @@ test prompts.
 from llada_jax.study import Arm, Study, Tune
 
 PROMPTS = "python:llada_jax.tasks.reviews:records?count=400&seed=3&split=validation"
-SCHEME = {"vrpo.times": "importance", "vrpo.masks": "cyclic", "vrpo.weights": "balanced"}
+SCHEME = {"vrpo.times": "importance", "vrpo.masks": "cyclic", "vrpo.share_in_pair": "masks"}
 PEAKS = (1e-4, 2e-4, 4e-4, 8e-4)
 
 
@@ -31,8 +31,8 @@ def get_study():
                 # beta has no effect here, so there are more learning rates.
                 grid=[{"optimizer.peak": 5e-5 * 2**k} for k in range(8)],
             ),
-            "scheme4": Arm({"vrpo.n_t": 4, **SCHEME}, label="importance, cyclic: n = 4"),
-            "scheme2": Arm({"vrpo.n_t": 2, **SCHEME}, label="importance, cyclic: n = 2"),
+            "scheme4": Arm({"vrpo.n_t": 4, **SCHEME}, label="importance, cyclic, shared in the pair: n = 4"),
+            "scheme2": Arm({"vrpo.n_t": 2, **SCHEME}, label="importance, cyclic, shared in the pair: n = 2"),
         },
         seeds=[0, 1, 2, 3, 4],
         metrics={
