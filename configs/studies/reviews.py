@@ -31,8 +31,12 @@ def get_study():
                 # beta has no effect here, so there are more learning rates.
                 grid=[{"optimizer.peak": 5e-5 * 2**k} for k in range(8)],
             ),
-            "scheme4": Arm({"vrpo.n_t": 4, **SCHEME}, label="importance, cyclic, shared in the pair: n = 4"),
-            "scheme2": Arm({"vrpo.n_t": 2, **SCHEME}, label="importance, cyclic, shared in the pair: n = 2"),
+            "scheme4": Arm(
+                {"vrpo.n_t": 4, **SCHEME}, label="importance, cyclic, shared in the pair: n = 4"
+            ),
+            "scheme2": Arm(
+                {"vrpo.n_t": 2, **SCHEME}, label="importance, cyclic, shared in the pair: n = 2"
+            ),
         },
         seeds=[0, 1, 2, 3, 4],
         metrics={

@@ -233,7 +233,10 @@ def test_the_tokenizer_has_a_word_for_each_word(found):
     [
         (dict(count=0), "count=0: reviews need an integer of at least 1"),
         (dict(count=1, seed=-1), "seed=-1: reviews need an integer of at least 0"),
-        (dict(count=1, split="test"), "split='test': reviews have the splits train, validation, heldout"),
+        (
+            dict(count=1, split="test"),
+            "split='test': reviews have the splits train, validation, heldout",
+        ),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
