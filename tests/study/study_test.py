@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -335,7 +336,8 @@ def test_report_only_writes_reports(tmp_path, capsys, monkeypatch):
 def test_a_killed_study_ends_as_an_undisturbed_one_and_compiles_once(tmp_path):
     def start(out, *more):
         argv = [sys.executable, "-m", "llada_jax.study", TINY, f"--out={tmp_path / out}", *more]
-        return subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        quick = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
+        return subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=quick)
 
     def programs():
         return len(list((tmp_path / "whole" / "compiled").glob("*-cache")))
@@ -347,6 +349,7 @@ def test_a_killed_study_ends_as_an_undisturbed_one_and_compiles_once(tmp_path):
     said, _ = whole.communicate()
     assert whole.returncode == 0 and "run 8 of 10 (shared, seed 1)" in said
     assert compiled > 20 and programs() == compiled  # another seed compiles nothing
+    shutil.copytree(tmp_path / "whole" / "compiled", tmp_path / "parts" / "compiled")
     for sign, status, after in ((signal.SIGTERM, STOPPED, "run 3"), (signal.SIGKILL, -9, "run 6")):
         stopped = start("parts")
         for line in stopped.stdout:
