@@ -16,6 +16,8 @@ def get_study():
             "vrpo.n_t": 1,
             "checkpoint.every": 2,
             "eval.every": 2,
+            "eval.n_t": 2,
+            "eval.batch_rows": 64,
             "solve.limit": 10,
             "solve.steps": 4,
         },
