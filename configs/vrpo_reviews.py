@@ -31,6 +31,6 @@ def get_config():
     c.vrpo.sft_weight = 0.05
     c.vrpo.n_t = 8
     c.solve.kl_draws = 8
-    c.optimizer.peak = 5e-4
+    c.optimizer.peak = 2e-4
     c.optimizer.warmup_steps = 5
     return c
