@@ -2,9 +2,10 @@ r"""The first example: VRPO makes film reviews positive and keeps their language
 
     python -m llada_jax.train --config=configs/vrpo_reviews.py --workdir=runs/vrpo_reviews
 
-The shipped model writes reviews of which half are positive. The pairs are samples of it: the winner
-has the higher reward, the number of positive words minus that of negative words, and 6 less if the
-review breaks the grammar (llada_jax/tasks/reviews.py).
+The shipped model (configs/sft_reviews.py) writes reviews of which 43 % are positive. The pairs are
+two samples for each of 3,000 prompts. The winner has the higher reward: the number of positive
+words minus that of negative words, and 6 less if the review breaks the grammar
+(llada_jax/tasks/reviews.py). 60 steps of 32 pairs take about four CPU minutes.
 
 It takes n = 8 draws, shares the noise, and weighs the denoising loss on the winner by 0.05, as
 published. For comparison, naive DPO and the winners alone:
@@ -13,6 +14,13 @@ published. For comparison, naive DPO and the winners alone:
         --config.vrpo.n_t=1 --config.vrpo.share_noise=False
     python -m llada_jax.train --config=configs/vrpo_reviews.py --workdir=runs/winners_reviews \
         --config.vrpo.beta=1e-6 --config.vrpo.sft_weight=1
+
+configs/studies/reviews.py compares them at their best learning rates. This made the pairs:
+
+    python -m llada_jax.pairs --model=llada_jax/assets/reviews --scorer=reviews --template=plain \
+        --prompts='python:llada_jax.tasks.reviews:records?count=3000&seed=2' --samples=2 \
+        --gen_length=26 --block_length=26 --steps=26 --remasking=random --batch_size=500 \
+        --out=runs/reviews_pairs.jsonl.gz
 """
 
 from configs import sft_reviews
