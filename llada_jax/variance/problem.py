@@ -37,8 +37,8 @@ class Problem:
     """
 
     terms_fn: TermsFn
-    beta: float = 0.2
-    seed: int = 0
+    beta: float | Array = 0.2  # an array where it is an argument of a compiled program
+    seed: int | Array = 0
     parts: tuple[str, ...] = (EVERYTHING,)
     gradient: bool = True
     # Every batch holds one pair. Then the gradient of its score is measured too, and `nested`

@@ -59,4 +59,5 @@ def test_run(shared, folder, run):
     assert int((got.tokens == run["mask_id"]).sum()) == run["masks_left"]
     if nfe := adapter.comparable_passes(run):
         assert int(got.passes) == nfe
-        np.testing.assert_array_equal(got.steps, arrays[run["id"] + "/step"])
+        if (step := run["id"] + "/step") in arrays:  # WINO's code records none
+            np.testing.assert_array_equal(got.steps, arrays[step])
