@@ -18,7 +18,7 @@ def get_study():
     return Study(
         base="configs/vrpo_reviews.py",
         title="VRPO on film reviews",
-        takes="three hours on two CPU cores",
+        takes="about three hours on two CPU cores (an estimate)",
         overrides={"eval.every": 20, "solve.show": 0},
         arms={
             "vrpo": Arm(label="VRPO: n = 8, shared"),

@@ -134,10 +134,7 @@ def is_whole(prompt: str, response: str) -> bool:
 
 def sentiment(response: str) -> int:
     """Returns the number of positive words minus that of negative words; an ending counts once."""
-    words = re.findall(r"\w+", response)
-    count = sum(word in POSITIVE for word in words) - sum(word in NEGATIVE for word in words)
-    ends = (sum(response.count(end) for end in group) for group in (_GOOD_ENDS, _BAD_ENDS))
-    return count + next(ends) - next(ends)
+    return int(sum(value or 0 for _, value in shade({}, response)))
 
 
 def score(record: Mapping[str, str], response: str) -> dict[str, float]:

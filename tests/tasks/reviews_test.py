@@ -100,7 +100,8 @@ def test_the_splits_share_no_prompt_and_a_seed_is_a_beginning():
         split: {r["prompt"] for seed in (0, 1) for r in reviews.records(400, seed, split)}
         for split in reviews.SPLITS
     }
-    assert not sets["train"] & sets["heldout"] and min(map(len, sets.values())) > 500
+    assert len(set.union(*sets.values())) == sum(map(len, sets.values()))
+    assert min(map(len, sets.values())) > 500
     assert all(reviews.split_of(prompt) == split for split in sets for prompt in sets[split])
     few = list(reviews.records(5, seed=3))
     assert few == list(itertools.islice(reviews.records(50, seed=3), 5))
@@ -199,11 +200,11 @@ def test_the_sentiment_counts_words_and_ends(text, feeling):
     assert reviews.sentiment(text) == feeling
 
 
-def test_the_shades_are_the_sentiment_and_keep_the_text(found):
+def test_the_shades_keep_the_text(found):
     broken = [{**r, "response": r["response"].replace(" is", " is is")} for r in found[:50]]
     for record in [*found[:200], *broken, {"response": "unwitty, witty. I loved it.I hated it."}]:
         pieces = reviews.TASK.shaded(record, record["response"])
-        assert sum(value or 0 for _, value in pieces) == reviews.sentiment(record["response"])
+        assert "".join(piece for piece, _ in pieces) == record["response"]
     assert reviews.shade({}, "a witty plot. I hated it.") == [
         ("a ", None),
         ("witty", 1.0),
